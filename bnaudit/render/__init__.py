@@ -1,0 +1,1 @@
+"""Report → text: each format is a pure function."""

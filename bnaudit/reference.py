@@ -128,7 +128,7 @@ def two_product(a: float, b: float) -> tuple[float, float]:
 
 @njit(cache=True, nogil=True)
 def _known_answers(tiny: float, one: float) -> int:
-    """Bit mask of the operations that answer wrongly here; arguments keep the compiler from folding."""
+    """Mask of the operations that answer wrongly; the arguments keep the compiler from folding."""
     wrong = 0
     if tiny * 0.5 * 2.0 != 0.0 or tiny + 0.0 == 0.0 or tiny * one == 0.0:
         wrong |= 1
@@ -144,7 +144,7 @@ def _known_answers(tiny: float, one: float) -> int:
 
 
 def check_environment() -> None:
-    """Raises EnvironmentFaultError unless this thread rounds to nearest, keeps subnormals and has a true fma."""
+    """Raises EnvironmentFaultError unless this thread computes as IEEE 754 says."""
     tiny = np.array([2.0**-1074])
     wrong = _known_answers(float(tiny[0]), 1.0)
     if wrong & 1 or (tiny + 0.0)[0] == 0.0 or np.array([1e-40], np.float32)[0] * np.float32(1) == 0:
@@ -241,8 +241,8 @@ def _windows(
     """Two windows each of Σu, Σuv and (unless narrow) of the products' rounding errors, over m elements.
 
     Every |u| is below 2^e, every |uv| below 2^f. Returns Σu in units of 2^(e-50) and 2^(e-101), Σ|u| in
-    units of 2^(e-50), each term rounded, Σuv in units of 2^(f-50) and 2^(f-101), the errors in units of 2^(f-102) and
-    2^(f-153), and a mask that is 0 if nothing is left over.
+    units of 2^(e-50), each term rounded, Σuv in units of 2^(f-50) and 2^(f-101), the errors in units
+    of 2^(f-102) and 2^(f-153), and a mask that is 0 if nothing is left over.
     """
     a1, a2 = 1.5 * 2.0 ** (e + 2), 1.5 * 2.0 ** (e - 49)
     p1, p2 = 1.5 * 2.0 ** (f + 2), 1.5 * 2.0 ** (f - 49)
@@ -795,14 +795,13 @@ def running_statistics(
 ) -> Pair:
     """R_t = (1 − w) R_(t−1) + w · factor · v_t in exact arithmetic, over all steps, per channel."""
     result: list[tuple[float, ...]] = []
-    for c, first in enumerate(start):
-        if not math.isfinite(first) or any(batch[c] is None for batch in batches):
+    for c, first in enumerate(start.tolist()):
+        exact = [v for batch in batches if (v := batch[c]) is not None]
+        if not math.isfinite(first) or len(exact) < len(batches):
             result.append(UNDEFINED)
             continue
-        value = Fraction(float(first))
-        for batch, w in zip(batches, weights, strict=True):
-            exact = batch[c]
-            assert exact is not None  # noqa: S101 - checked above, for the type checker
-            value += w * (factor * Fraction(*exact) - value)
+        value = Fraction(first)
+        for statistic, w in zip(exact, weights, strict=True):
+            value += w * (factor * Fraction(*statistic) - value)
         result.append(expand(value.numerator, value.denominator))
     return _pair(result)

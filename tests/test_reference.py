@@ -12,7 +12,6 @@ import mpmath
 import numpy as np
 import pytest
 from adversarial import CATEGORIES, Draw, channels, normal, stored
-
 from mpmath.libmp import to_rational
 
 from bnaudit import reference

@@ -1,0 +1,39 @@
+# Every target sets up what it needs in .venv; nothing has to be installed first but Python 3.10 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: audit test lint benchmark clean
+
+audit: .venv/torch  ## audit this machine's BatchNorms with all shipped scenarios
+	$(BIN)/bnaudit run scenarios/ --json reports/latest.json --fail-on never
+
+test: .venv/test  ## run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/dev  ## check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+benchmark: .venv/test  ## measure the reference against torch, NumPy and a memory copy
+	$(BIN)/python benchmarks/throughput.py
+
+clean:  ## remove the environment and everything generated
+	rm -rf .venv build dist reports/latest.json .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/torch: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) --editable '.[torch]'
+	touch $@
+
+.venv/test: .venv/torch
+	$(INSTALL) --editable '.[torch,test]'
+	touch $@
+
+.venv/dev: .venv/test
+	$(INSTALL) --editable '.[torch,test,dev]'
+	touch $@

@@ -1,0 +1,280 @@
+"""Cases × backends → results: the only loop."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bnaudit.inputs import Inputs, make
+from bnaudit.measure import Declarations, Measurement, Reference
+from bnaudit.scenario import Case, Scenario
+from bnaudit.subject import Reply, Subject
+from bnaudit.verdict import Judged, judge
+
+STATUSES = ("pass", "warn", "fail", "crash", "timeout", "unsupported", "unavailable")
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A backend to run. gated: its deviations decide the exit code. required: it must be available."""
+
+    name: str
+    gated: bool
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class CaseFacts:
+    """What is known of a case before any backend ran."""
+
+    case: Case
+    n: int
+    condition_number: float
+    input_sha256: str | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case on one backend."""
+
+    case: Case
+    backend: str
+    environment: str
+    status: str
+    gated: bool
+    label: str | None = None
+    reason: str | None = None
+    cause: str | None = None
+    finding: int | None = None
+    kernel: str | None = None
+    seconds: float | None = None
+    detail: str | None = None
+    quantities: dict[str, Judged] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ControlOutcome:
+    """Whether a backend did in a scenario what it is known to do there."""
+
+    scenario: str
+    backend: str
+    expected: str
+    observed: str
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts over all results, and the verdict with its exit code."""
+
+    cases: int
+    results: int
+    ran: int
+    counts: Mapping[str, int]
+    verdict: str
+    exit_code: int
+
+
+Event = CaseFacts | Result | ControlOutcome
+
+
+def run(
+    scenarios: Sequence[Scenario],
+    selection: Sequence[Selected],
+    subject: Subject,
+    scratch: Path,
+    *,
+    matches: Callable[[str, str], bool] = lambda case, backend: True,
+    stop_early: bool = False,
+) -> Iterator[Event]:
+    """Runs every case on the selected backends and on its scenario's controls.
+
+    Yields each case's facts, then its results; after a scenario's last case, its controls' outcomes.
+    A control runs on the whole of its scenario, ungated, unless it is selected anyway; `matches(case id,
+    backend)` filters the rest. stop_early: end after the first gated failure.
+    """
+    done: dict[tuple[str, str], _Run] = {}
+    names = [selected.name for selected in selection]
+    for scenario in scenarios:
+        controls = [
+            name
+            for name in (*scenario.controls.must_fail, *scenario.controls.must_pass)
+            if name not in names
+        ]
+        backends = [*selection, *(Selected(name, gated=False) for name in dict.fromkeys(controls))]
+        unavailable = subject.describe([backend.name for backend in backends])
+        wanted = [
+            case
+            for case in scenario.cases
+            if any(matches(case.id, selected.name) for selected in selection)
+        ]
+        results: list[Result] = []
+        for case in wanted:
+            chosen = [
+                backend
+                for backend in backends
+                if matches(case.id, backend.name) or backend.name in controls
+            ]
+            for event in _run_case(case, chosen, unavailable, subject, scratch, done):
+                yield event
+                if isinstance(event, Result):
+                    results.append(event)
+                    if stop_early and event.gated and event.status == "fail":
+                        return
+        # A control answers for its whole scenario; a filtered one proves nothing either way.
+        if len(wanted) == len(scenario.cases):
+            yield from _control_outcomes(scenario, results)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is kept of one execution, so that identical cases of other scenarios are not run again."""
+
+    reply: Reply
+    measurements: Mapping[str, Measurement]
+
+
+def _run_case(
+    case: Case,
+    backends: Sequence[Selected],
+    unavailable: Mapping[str, str | None],
+    subject: Subject,
+    scratch: Path,
+    done: dict[tuple[str, str], _Run],
+) -> Iterator[Event]:
+    obstacle = case.unsupported()
+    folder = scratch / "case"
+    inputs: Inputs | None = None
+    reference: Reference | None = None
+    if obstacle is None:
+        folder.mkdir()
+        inputs = make(case, folder)
+        reference = Reference(case, inputs)
+    yield CaseFacts(
+        case,
+        case.n,
+        math.nan if reference is None else reference.condition_number,
+        None if inputs is None else inputs.sha256,
+    )
+    try:
+        for backend in backends:
+            reason = unavailable[backend.name]
+            if reason is not None:
+                outcome: dict[str, Any] = {"status": "unavailable", "reason": reason}
+            elif inputs is None or reference is None:
+                outcome = {"status": "unsupported", "reason": obstacle}
+            else:
+                execution = done.get((case.key, backend.name))
+                if execution is None:
+                    execution = _execute(backend.name, case, inputs, reference, subject)
+                    done[case.key, backend.name] = execution
+                outcome = _outcome(execution, case, reference)
+            yield Result(case, backend.name, subject.name, gated=backend.gated, **outcome)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _execute(
+    backend: str, case: Case, inputs: Inputs, reference: Reference, subject: Subject
+) -> _Run:
+    reply = subject.run(backend, case, inputs)
+    measurements: Mapping[str, Measurement] = {}
+    if reply.outcome == "done":
+        declared = Declarations(
+            reply.declarations.running_var_correction, reply.declarations.running_update
+        )
+        measurements = reference.measure(reply.outputs, declared)
+    return _Run(reply, measurements)
+
+
+def _outcome(execution: _Run, case: Case, reference: Reference) -> dict[str, Any]:
+    """The fields of a Result that follow from an execution."""
+    reply = execution.reply
+    known = {"kernel": reply.kernel, "seconds": reply.seconds, "detail": reply.detail}
+    if reply.outcome == "contract":
+        return {"status": "fail", "reason": f"contract: {reply.reason}", **known}
+    if reply.outcome != "done":
+        return {"status": reply.outcome, "reason": reply.reason, **known}
+    verdict = judge(case, execution.measurements, reference)
+    return {
+        "status": verdict.status,
+        "label": verdict.label,
+        "reason": verdict.reason,
+        "cause": verdict.cause,
+        "quantities": verdict.quantities,
+        **known,
+    }
+
+
+def _control_outcomes(scenario: Scenario, results: Sequence[Result]) -> Iterator[ControlOutcome]:
+    for expected, names in (
+        ("fail", scenario.controls.must_fail),
+        ("pass", scenario.controls.must_pass),
+    ):
+        for name in names:
+            own = [r for r in results if r.backend == name and r.status != "unsupported"]
+            if expected == "fail":
+                failed = [r for r in own if _fails_as_expected(r)]
+                ok = bool(failed)
+                observed = f"{len(failed)} of {len(own)} failed"
+            else:
+                bad = [r for r in own if r.status not in ("pass", "warn")]
+                ok = bool(own) and not bad
+                observed = f"{len(own) - len(bad)} of {len(own)} passed"
+                if bad:
+                    observed += f"; {bad[0].case.id}: {bad[0].status}"
+            yield ControlOutcome(scenario.name, name, expected, observed, ok)
+
+
+def _fails_as_expected(result: Result) -> bool:
+    """Fails in y, or in a scenario of running statistics in those; a crash does not count."""
+    return result.status == "fail" and any(
+        result.quantities[name].status == "fail"
+        for name in ("y", "running_mean", "running_var")
+        if name in result.quantities
+    )
+
+
+def summarize(
+    cases: int,
+    results: Sequence[Result],
+    controls: Sequence[ControlOutcome],
+    selection: Sequence[Selected],
+    *,
+    fail_on: str = "fail",
+    interrupted: bool = False,
+) -> Summary:
+    """Counts, verdict and exit code. Of the exit codes that apply, the largest wins.
+
+    fail_on: "fail", "warn" (a gated warn fails too) or "never" (a deviation alone does not fail).
+    """
+    counts = {status: sum(r.status == status for r in results) for status in STATUSES}
+    gated = [r for r in results if r.gated]
+    statuses = {r.status for r in gated}
+    required = {selected.name for selected in selection if selected.required}
+    missing = any(r.status == "unavailable" and r.backend in required for r in results)
+    ran = statuses & {"pass", "warn", "fail", "crash", "timeout"}
+    if interrupted:
+        verdict, code = "interrupted", 130
+    elif not all(control.ok for control in controls):
+        verdict, code = "untrusted", 4
+    elif statuses & {"crash", "timeout"} or missing:
+        verdict, code = "incomplete", 3
+    elif "fail" in statuses or (fail_on == "warn" and "warn" in statuses):
+        verdict, code = "fail", 0 if fail_on == "never" else 1
+    elif not ran:
+        verdict, code = "nothing-gated", 5
+    else:
+        verdict, code = "warn" if "warn" in statuses else "pass", 0
+    return Summary(
+        cases,
+        len(results),
+        sum(counts[s] for s in ("pass", "warn", "fail", "crash", "timeout")),
+        counts,
+        verdict,
+        code,
+    )

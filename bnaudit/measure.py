@@ -1,0 +1,849 @@
+"""Outputs × reference → Measurement: how far each returned quantity is from the right answer.
+
+y and grad_input are compared as the reference is formed, block by block, so that nothing of the size of
+the tensor is stored. Values that are not finite are counted before anything is subtracted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from bnaudit import bounds
+from bnaudit.bounds import FORMATS, Allowance, ElementBounds, Format, GradientBounds
+from bnaudit.inputs import Inputs
+from bnaudit.reference import (
+    INFINITY_BITS,
+    MAGNITUDE,
+    NONFINITE,
+    OK,
+    UNJUDGED,
+    Array,
+    Doubles,
+    Gradients,
+    Moments,
+    Normalization,
+    Pair,
+    bits_of,
+    from_bits,
+    grad_input_element,
+    gradients,
+    moments,
+    nearest,
+    normalization,
+    running_statistics,
+    slabs,
+    step_weight,
+    y_element,
+)
+from bnaudit.scenario import Case
+from bnaudit.worker.rounding import round_to, widen
+
+BLOCK = 512
+"""Elements compared at a time: seven float64 buffers of this size stay in the first-level cache."""
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The element with the largest T: its index in (N, C, *) order, what was returned, what is right."""
+
+    index: tuple[int, ...]
+    value: float
+    reference: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One quantity's deviation from the reference, over all judged elements.
+
+    max_abs_error, max_ulp_error: in the quantity's own unit and in units in the last place of the right
+    value. max_sigma_error: |error| / |weight|, for y. bound_ratio, tight_ratio: T and T0 (see bounds).
+    floor: what rounding the mean alone costs at the worst element's channel. nonfinite: elements that
+    should be finite and are not, or the reverse. constant_misses, constant_error: elements that must equal
+    the bias and do not, and by how much at most, in units of |weight|; None where nothing is constant.
+    poor: elements with T > 30 and fewer than 8 good bits. None: does not apply, or nothing to judge.
+    """
+
+    max_abs_error: float | None = None
+    max_sigma_error: float | None = None
+    max_ulp_error: float | None = None
+    bound_ratio: float | None = None
+    tight_ratio: float | None = None
+    floor: float | None = None
+    nonfinite: int = 0
+    worst: Worst | None = None
+    constant_misses: int | None = None
+    constant_error: float | None = None
+    poor: int = 0
+    judged: bool = True
+
+
+class Tally(NamedTuple):
+    """Running maxima per channel (C,), updated in place by the kernels. position: element n·S + s."""
+
+    ratio: Doubles
+    tight: Doubles
+    error: Doubles
+    ulps: Doubles
+    position: npt.NDArray[np.int64]
+    nonfinite: npt.NDArray[np.int64]
+    poor: npt.NDArray[np.int64]
+
+
+def _tally(channels: int) -> Tally:
+    return Tally(
+        *(np.zeros(channels) for _ in range(4)),
+        np.full(channels, -1, np.int64),
+        *(np.zeros(channels, np.int64) for _ in range(2)),
+    )
+
+
+class Output(NamedTuple):
+    """What the kernels need to know of the output's format."""
+
+    precision: int
+    min_exponent: int
+    largest: float
+    roundoff: float
+
+
+def _output(form: Format) -> Output:
+    return Output(form.precision, form.min_exponent, form.largest, form.unit_roundoff)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def ulp(value: float, precision: int, min_exponent: int) -> float:
+    """Unit in the last place of a finite value in a format."""
+    exponent = max(((bits_of(value) & MAGNITUDE) >> 52) - 1023, min_exponent)
+    biased = exponent - (precision - 1) + 1023
+    return from_bits(biased << 52 if biased > 0 else 1 << (51 + biased))
+
+
+@njit(cache=True, nogil=True)
+def _compare(
+    c: int,
+    start: int,
+    m: int,
+    got: Any,
+    high: Any,
+    low: Any,
+    allowed: Any,
+    tight: Any,
+    coarse: Any,
+    error: Any,
+    output: Output,
+    tally: Tally,
+) -> None:
+    """Compares m elements with high + low and raises channel c's tally. All buffers are float64 blocks."""
+    limit = output.largest * (1.0 + 0.5 * output.roundoff)
+    top_ratio = top_tight = top_error = top_ulps = mismatches = 0
+    for i in range(m):
+        value, right = got[i], high[i]
+        finite = bits_of(value) & MAGNITUDE < INFINITY_BITS
+        expected = bits_of(right) & MAGNITUDE < INFINITY_BITS
+        # An infinity of the right sign is right where the reference may round to it.
+        rounds_up = abs(right) + allowed[i] >= limit and value == math.copysign(math.inf, right)
+        difference = abs((value - right) - low[i])
+        wrong = finite != expected and not rounds_up
+        e = difference if finite and expected else (math.inf if wrong else 0.0)
+        error[i] = e
+        mismatches += 1 if wrong else 0
+        counted = 0.0 if wrong else e
+        top_ratio = max(top_ratio, bits_of(e / allowed[i]) & MAGNITUDE)
+        top_tight = max(top_tight, bits_of(e / tight[i]) & MAGNITUDE)
+        top_error = max(top_error, bits_of(counted))
+        top_ulps = max(
+            top_ulps, bits_of(counted / ulp(right, output.precision, output.min_exponent))
+        )
+    tally.nonfinite[c] += mismatches
+    tally.tight[c] = max(tally.tight[c], from_bits(top_tight))
+    tally.error[c] = max(tally.error[c], from_bits(top_error))
+    tally.ulps[c] = max(tally.ulps[c], from_bits(top_ulps))
+    ratio = from_bits(top_ratio)
+    if not ratio <= 30.0:
+        for i in range(m):
+            if not error[i] / allowed[i] <= 30.0 and not error[i] <= coarse[i]:
+                tally.poor[c] += 1
+    if tally.position[c] < 0 or not ratio <= tally.ratio[c]:
+        tally.ratio[c] = ratio
+        for i in range(m):
+            if bits_of(error[i] / allowed[i]) & MAGNITUDE == top_ratio:
+                tally.position[c] = start + i
+                break
+
+
+@njit(cache=True, nogil=True)
+def _count_finite(c: int, start: int, m: int, got: Any, tally: Tally) -> None:
+    """Where the right result is not finite: a finite value is a mismatch."""
+    for i in range(m):
+        if math.isfinite(got[i]):
+            if tally.nonfinite[c] == 0:
+                tally.position[c] = start + i
+                tally.ratio[c] = tally.tight[c] = math.inf
+            tally.nonfinite[c] += 1
+
+
+@njit(cache=True, nogil=True)
+def _compare_y(
+    x: Any,
+    y: Any,
+    offset: int,
+    training: bool,
+    state: Any,
+    scale: Any,
+    m0: Any,
+    m1: Any,
+    m2: Any,
+    slope: Pair,
+    weight: Any,
+    bias: Any,
+    limits: ElementBounds,
+    output: Output,
+    tally: Tally,
+) -> None:
+    """Compares y with the reference; x, y: (N, C, S) float32 or float64, `offset` elements into a channel."""
+    images, channels, plane = x.shape
+    got, high, low = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
+    allowed, tight, coarse = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
+    error = np.empty(BLOCK)
+    for image in range(images):
+        for c in range(channels):
+            if state[c] == UNJUDGED:
+                continue
+            gain, rate, gamma, beta = scale[c], limits.rate[c], abs(weight[c]), abs(bias[c])
+            for s in range(0, plane, BLOCK):
+                m = min(BLOCK, plane - s)
+                start = offset + image * plane + s
+                y_row, x_row = y[image, c, s : s + m], x[image, c, s : s + m]
+                for i in range(m):
+                    got[i] = y_row[i]
+                if state[c] == NONFINITE:
+                    _count_finite(c, start, m, got, tally)
+                    continue
+                for i in range(m):
+                    v = np.float64(x_row[i])
+                    right, rest, distance = y_element(
+                        v, gain, m0[c], m1[c], m2[c], slope.high[c], slope.low[c], bias[c]
+                    )
+                    high[i], low[i] = right, rest
+                    xh = abs(distance) * rate
+                    allowed[i], tight[i] = bounds.y_allowances(
+                        training,
+                        abs(v * gain) * rate,
+                        xh,
+                        abs(right),
+                        limits.rounding,
+                        limits.base[c],
+                        limits.wide[c],
+                        limits.size[c],
+                        limits.tight_base[c],
+                        limits.tight[c],
+                        limits.cap[c],
+                    )
+                    coarse[i] = 2.0**-bounds.POOR_BITS * (gamma * max(1.0, xh) + beta)
+                _compare(c, start, m, got, high, low, allowed, tight, coarse, error, output, tally)
+
+
+@njit(cache=True, nogil=True)
+def _compare_grad_input(
+    x: Any,
+    dy: Any,
+    dx: Any,
+    offset: int,
+    training: bool,
+    state: Any,
+    scale: Any,
+    m0: Any,
+    m1: Any,
+    m2: Any,
+    magnitude: Any,
+    slope: Pair,
+    shift: Pair,
+    tilt: Pair,
+    limits: GradientBounds,
+    output: Output,
+    tally: Tally,
+) -> None:
+    """Compares grad_input with the reference; arguments as in _compare_y."""
+    images, channels, plane = x.shape
+    got, high, low = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
+    allowed, error = np.empty(BLOCK), np.empty(BLOCK)
+    coarse = np.full(BLOCK, math.inf)
+    for image in range(images):
+        for c in range(channels):
+            if state[c] == UNJUDGED:
+                continue
+            gain, rate = scale[c], limits.rate[c]
+            for s in range(0, plane, BLOCK):
+                m = min(BLOCK, plane - s)
+                start = offset + image * plane + s
+                dx_row, dy_row = dx[image, c, s : s + m], dy[image, c, s : s + m]
+                x_row = x[image, c, s : s + m]
+                for i in range(m):
+                    got[i] = dx_row[i]
+                if state[c] == NONFINITE:
+                    _count_finite(c, start, m, got, tally)
+                    continue
+                for i in range(m):
+                    # In inference the gradient does not depend on x, which may even be infinite.
+                    v = np.float64(x_row[i]) if training else 0.0
+                    g = np.float64(dy_row[i])
+                    right, rest, distance = grad_input_element(
+                        v,
+                        g,
+                        gain,
+                        m0[c],
+                        m1[c],
+                        m2[c],
+                        magnitude[c],
+                        slope.high[c],
+                        slope.low[c],
+                        shift.high[c],
+                        shift.low[c],
+                        tilt.high[c],
+                        tilt.low[c],
+                    )
+                    high[i], low[i] = right, rest
+                    allowed[i] = bounds.grad_input_allowance(
+                        training,
+                        abs(v * gain) * rate,
+                        abs(distance) * rate,
+                        abs(g),
+                        abs(right),
+                        limits.rounding,
+                        limits.base[c],
+                        limits.gain[c],
+                        limits.levels,
+                        limits.spread[c],
+                        limits.size[c],
+                        limits.bias_mean[c],
+                        limits.weight_mean[c],
+                        limits.bias_error[c],
+                        limits.weight_error[c],
+                    )
+                _compare(
+                    c, start, m, got, high, low, allowed, allowed, coarse, error, output, tally
+                )
+
+
+@njit(cache=True, nogil=True)
+def _constants(
+    x: Any,
+    y: Any,
+    everywhere: bool,
+    constant: Any,
+    mean: Any,
+    expected: Any,
+    misses: Any,
+    error: Any,
+    seen: Any,
+) -> None:
+    """Counts elements that must equal the bias and do not, and their largest |y − bias|, per channel.
+
+    In training those are whole channels (`everywhere`), in inference elements that equal the mean.
+    """
+    images, channels, plane = x.shape
+    for image in range(images):
+        for c in range(channels):
+            if not constant[c]:
+                continue
+            right = expected[c]
+            for s in range(plane):
+                if everywhere or x[image, c, s] == mean[c]:
+                    seen[c] += 1
+                    value = y[image, c, s]
+                    if value != right:
+                        misses[c] += 1
+                        difference = abs(np.float64(value) - right)
+                        if not difference <= error[c]:
+                            error[c] = difference
+
+
+@njit(cache=True, nogil=True)
+def _weighted(
+    x: Any,
+    dy: Any,
+    training: bool,
+    state: Any,
+    scale: Any,
+    centre: Any,
+    rate: Any,
+    size: Any,
+    magnitude: Any,
+    weighted: Any,
+) -> None:
+    """Σ|dy| and Σ|dy| q (training) or Σ|dy| (|x| + |m|) invstd (inference) per channel, in float64."""
+    images, channels, plane = x.shape
+    for image in range(images):
+        for c in range(channels):
+            if state[c] != OK:
+                continue
+            for s in range(plane):
+                v = np.float64(x[image, c, s]) * scale[c]
+                g = abs(np.float64(dy[image, c, s]))
+                ax = abs(v) * rate[c]
+                magnitude[c] += g
+                if training:
+                    weighted[c] += g * bounds.sensitivity(ax, abs(v - centre[c]) * rate[c], size[c])
+                else:
+                    weighted[c] += g * (ax + size[c])
+
+
+# --- from kernels to measurements ------------------------------------------------------------------
+
+
+def _index(case: Case, channel: int, position: int) -> tuple[int, ...]:
+    plane = math.prod(case.shape[2:])
+    image, s = divmod(position, plane)
+    inner = np.unravel_index(s, case.shape[2:]) if case.shape[2:] else ()
+    return (image, channel, *(int(i) for i in inner))
+
+
+def _flat(tensor: Array) -> Array:
+    """An (N, C, *) tensor as (N, C, S)."""
+    return tensor.reshape(tensor.shape[0], tensor.shape[1], math.prod(tensor.shape[2:]))
+
+
+class _Elements(NamedTuple):
+    """What both element-wise measurements share: the inputs as (N, C, S) storage and their reference."""
+
+    case: Case
+    x: Array
+    norm: Normalization
+
+
+def _summary(tally: Tally, state: npt.NDArray[np.int64]) -> tuple[int | None, dict[str, Any]]:
+    """The worst channel and the fields that are plain maxima over the judged channels."""
+    judged = np.flatnonzero((state != UNJUDGED) & (tally.position >= 0))
+    if judged.size == 0:
+        return None, {"judged": bool((state != UNJUDGED).any())}
+    # A T that is not a number counts as infinite; argmax takes the first of equals.
+    ratio = np.where(np.isnan(tally.ratio), math.inf, tally.ratio)
+    worst = int(judged[np.argmax(ratio[judged])])
+    return worst, {
+        "max_abs_error": float(tally.error[judged].max()),
+        "max_ulp_error": float(tally.ulps[judged].max()),
+        "bound_ratio": float(ratio[judged].max()),
+        "nonfinite": int(tally.nonfinite.sum()),
+        "poor": int(tally.poor.sum()),
+    }
+
+
+def measure_y(
+    case: Case, x: Array, y: Array, norm: Normalization, running_mean: Array
+) -> Measurement:
+    """Deviation of y. x, y: (N, C, S) in the case's storage; running_mean: (C,) in its own values."""
+    form = FORMATS[case.dtype]
+    limits = bounds.y_bounds(norm, case.dtype)
+    tally = _tally(x.shape[1])
+    m0, m1, m2 = norm.centre
+    expected = widen(round_to(norm.bias, case.dtype), case.dtype).astype(np.float64)
+    candidates = norm.constant if norm.training else norm.state == OK
+    misses, seen = np.zeros(x.shape[1], np.int64), np.zeros(x.shape[1], np.int64)
+    error = np.zeros(x.shape[1])
+    plane = x.shape[2]
+    for first, (xs, ys) in slabs(case.dtype, x, y):
+        _compare_y(
+            xs,
+            ys,
+            first * plane,
+            norm.training,
+            norm.state,
+            norm.scale,
+            m0,
+            m1,
+            m2,
+            norm.slope,
+            norm.weight,
+            norm.bias,
+            limits,
+            _output(form),
+            tally,
+        )
+        if candidates.any():
+            _constants(
+                xs, ys, norm.training, candidates, running_mean, expected, misses, error, seen
+            )
+    worst, fields = _summary(tally, norm.state)
+    if worst is None:
+        return Measurement(**fields)
+    position = int(tally.position[worst])
+    image, s = divmod(position, plane)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gain = np.abs(norm.weight)
+        sigma = np.where(tally.error > 0, tally.error / gain, 0.0)
+        harm = np.where(error > 0, error / gain, 0.0)
+    return Measurement(
+        **fields,
+        tight_ratio=float(tally.tight.max()),
+        max_sigma_error=float(sigma.max()),
+        floor=float(bounds.floor(norm, case.dtype)[worst]),
+        worst=Worst(
+            _index(case, worst, position),
+            float(widen(y[image, worst, s : s + 1], case.dtype)[0]),
+            _y_value(norm, worst, float(widen(x[image, worst, s : s + 1], case.dtype)[0])),
+        ),
+        constant_misses=int(misses.sum()) if seen.any() else None,
+        constant_error=float(harm.max()) if seen.any() else None,
+    )
+
+
+def _y_value(norm: Normalization, c: int, x: float) -> float:
+    if norm.state[c] != OK:
+        return math.nan
+    centre = (m[c] for m in norm.centre)
+    return float(
+        y_element(x, norm.scale[c], *centre, norm.slope.high[c], norm.slope.low[c], norm.bias[c])[0]
+    )
+
+
+def measure_grad_input(
+    case: Case,
+    x: Array,
+    dy: Array,
+    dx: Array,
+    norm: Normalization,
+    grads: Gradients,
+    limits: GradientBounds,
+) -> Measurement:
+    """Deviation of grad_input; tensors (N, C, S) in the case's storage."""
+    tally = _tally(x.shape[1])
+    m0, m1, m2 = norm.centre
+    # A channel whose sums are not finite has no finite gradient, even where y is.
+    state = np.where((norm.state == OK) & np.isnan(grads.shift.high), NONFINITE, norm.state)
+    for first, (xs, dys, dxs) in slabs(case.dtype, x, dy, dx):
+        _compare_grad_input(
+            xs,
+            dys,
+            dxs,
+            first * x.shape[2],
+            norm.training,
+            state,
+            norm.scale,
+            m0,
+            m1,
+            m2,
+            grads.gain,
+            grads.slope,
+            grads.shift,
+            grads.tilt,
+            limits,
+            _output(FORMATS[case.dtype]),
+            tally,
+        )
+    worst, fields = _summary(tally, state)
+    if worst is None:
+        return Measurement(**fields)
+    position = int(tally.position[worst])
+    image, s = divmod(position, x.shape[2])
+    here = (image, worst, slice(s, s + 1))
+    reference = math.nan
+    if state[worst] == OK:
+        reference = float(
+            grad_input_element(
+                float(widen(x[here], case.dtype)[0]) if norm.training else 0.0,
+                float(widen(dy[here], case.dtype)[0]),
+                norm.scale[worst],
+                *(m[worst] for m in norm.centre),
+                grads.gain[worst],
+                *(part[worst] for pair in (grads.slope, grads.shift, grads.tilt) for part in pair),
+            )[0]
+        )
+    return Measurement(
+        **fields,
+        worst=Worst(
+            _index(case, worst, position), float(widen(dx[here], case.dtype)[0]), reference
+        ),
+    )
+
+
+def measure_channels(
+    got: Array, right: Pair, allowance: Allowance, state: npt.NDArray[np.int64], dtype: str
+) -> Measurement:
+    """Deviation of a per-channel quantity, got: (C,) float. `dtype`: the statistics dtype."""
+    form = FORMATS[dtype]
+    judged = state != UNJUDGED
+    if not judged.any():
+        return Measurement(judged=False)
+    value = got.astype(np.float64)
+    with np.errstate(all="ignore"):
+        finite, expected = np.isfinite(value), np.isfinite(right.high)
+        expected &= state == OK
+        # An overflow of the statistics dtype is an error of the value only where it need not happen.
+        limit = form.largest * (1 + form.unit_roundoff / 2)
+        rounds_up = np.isinf(value) & (np.sign(value) == np.sign(right.high))
+        rounds_up &= np.abs(right.high) + allowance.allowed >= limit
+        wrong = judged & (finite != expected) & ~(expected & rounds_up)
+        error = np.where(finite & expected, np.abs((value - right.high) - right.low), 0.0)
+        error = np.where(wrong, math.inf, error)
+        ratio = np.where(judged, error / allowance.allowed, 0.0)
+        ulps = np.array([ulp(v, form.precision, form.min_exponent) for v in right.high.tolist()])
+        counted = np.where(wrong | ~judged, 0.0, error)
+    worst = int(np.argmax(np.where(np.isnan(ratio), math.inf, ratio)))
+    tight = None
+    if allowance.tight is not None:
+        with np.errstate(all="ignore"):
+            tight = float(np.where(judged, error / allowance.tight, 0.0).max())
+    return Measurement(
+        max_abs_error=float(counted.max()),
+        max_ulp_error=float((counted / ulps).max()),
+        bound_ratio=float(ratio[worst]) if not math.isnan(ratio[worst]) else math.inf,
+        tight_ratio=tight,
+        nonfinite=int(wrong.sum()),
+        worst=Worst((worst,), float(value[worst]), float(right.high[worst])),
+    )
+
+
+@dataclass(frozen=True)
+class Declarations:
+    """What a backend says of its running statistics: the variance's correction and the update rule."""
+
+    running_var_correction: int = 1
+    running_update: str = "ema"
+
+
+class Reference:
+    """The certified answers to one case, computed once and compared with every backend's outputs.
+
+    Attributes:
+        condition_number: largest sqrt(1 + mean²/var) over the channels of all steps; inf where var is 0.
+        ill_conditioned: whether the cap on the allowances of y is at work in some channel.
+        overflow: whether some variance exceeds the statistics dtype's range although y is well defined.
+        largest: max |x| over the finite channels of the last step; 0 in narrow inference.
+    """
+
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        """Forms the sums of every step, and the coefficients of the last."""
+        self.case = case
+        self.inputs = inputs
+        dtype = case.dtype
+        x = [_flat(step) for step in inputs.x]
+        channels = case.channels
+        ones = np.ones(channels)
+        self._param_dtype = dtype if case.param_dtype == "same" else case.statistics_dtype
+
+        def values(stored: Array | None, default: Doubles) -> Doubles:
+            if stored is None:
+                return default
+            return widen(stored, self._param_dtype).astype(np.float64)
+
+        self.weight = values(inputs.weight, ones)
+        self.bias = values(inputs.bias, np.zeros(channels))
+        self.running_mean = values(inputs.running_mean, np.zeros(channels))
+        self.running_var = values(inputs.running_var, ones)
+        training = case.mode == "training"
+        self.batches = [moments(dtype, step) for step in x] if training else []
+        statistics = self.batches[-1] if training else self._running_moments(x[-1])
+        self.norm = normalization(
+            statistics.mean,
+            statistics.var,
+            statistics.largest,
+            statistics.size,
+            case.eps,
+            self.weight,
+            self.bias,
+            n=case.n,
+            training=training,
+        )
+        self.grads: Gradients | None = None
+        if case.backward and inputs.grad_output is not None:
+            dy = _flat(inputs.grad_output[-1])
+            self.grads = gradients(dtype, x[-1], dy, statistics, case.eps, self.norm)
+            self.gradient_bounds = self._gradient_bounds(self.grads, x[-1], dy)
+        self._x = x[-1]
+        self.condition_number = max((_condition(batch) for batch in self.batches), default=1.0)
+        if not training:
+            self.condition_number = _condition(moments(dtype, x[-1]))
+        self.largest = float(np.max(statistics.largest, initial=0.0, where=self.norm.state == OK))
+        with np.errstate(invalid="ignore"):
+            self.ill_conditioned = bool(
+                (bounds.ill_conditioned(self.norm, dtype) > bounds.CAP).any() and training
+            )
+            self.overflow = bool(
+                (self.norm.var.high > FORMATS[case.statistics_dtype].largest).any()
+            )
+
+    def _running_moments(self, x: Array) -> Moments:
+        def exact(values: Doubles) -> list[tuple[int, int] | None]:
+            return [float(v).as_integer_ratio() if math.isfinite(v) else None for v in values]
+
+        # Only float64 reaches exponents that need scaling.
+        largest = np.zeros(x.shape[1])
+        if self.case.dtype == "float64":
+            for image in x:
+                finite = np.where(np.isfinite(image), np.abs(image), 0.0)
+                largest = np.maximum(largest, finite.max(axis=1, initial=0.0))
+        return Moments(
+            self.case.n,
+            exact(self.running_mean),
+            exact(self.running_var),
+            size=np.abs(self.running_mean),
+            largest=largest,
+        )
+
+    def _gradient_bounds(self, grads: Gradients, x: Array, dy: Array) -> GradientBounds:
+        norm, dtype = self.norm, self.case.dtype
+        rate = norm.invstd.high / norm.scale
+        magnitude, weighted = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+        for _, (xs, dys) in slabs(dtype, x, dy):
+            _weighted(
+                xs,
+                dys,
+                norm.training,
+                norm.state,
+                norm.scale,
+                norm.centre[0],
+                rate,
+                norm.size * rate,
+                magnitude,
+                weighted,
+            )
+        return bounds.gradient_bounds(norm, grads, magnitude, weighted, dtype)
+
+    def _statistics_bounds(self, batch: Moments) -> bounds.StatisticsBounds:
+        norm = normalization(
+            batch.mean,
+            batch.var,
+            batch.largest,
+            batch.size,
+            self.case.eps,
+            self.weight,
+            self.bias,
+            n=batch.n,
+            training=True,
+        )
+        return bounds.statistics_bounds(norm, batch.size, self.case.eps, self.case.dtype)
+
+    def measure(
+        self, outputs: Mapping[str, Array], declared: Declarations
+    ) -> dict[str, Measurement]:
+        """Measurement of every returned quantity that has a reference."""
+        case = self.case
+        result = {}
+        for name, got in outputs.items():
+            if name == "y":
+                result[name] = measure_y(case, self._x, _flat(got), self.norm, self.running_mean)
+            elif name == "grad_input":
+                if self.grads is not None:
+                    result[name] = measure_grad_input(
+                        case,
+                        self._x,
+                        _flat(self.inputs.grad_output[-1]),
+                        _flat(got),
+                        self.norm,
+                        self.grads,
+                        self.gradient_bounds,
+                    )
+            else:
+                measurement = self._measure_channels(name, got, declared)
+                if measurement is not None:
+                    result[name] = measurement
+        return result
+
+    def _measure_channels(
+        self, name: str, got: Array, declared: Declarations
+    ) -> Measurement | None:
+        case, norm = self.case, self.norm
+        statistics = case.statistics_dtype
+        params = self._param_dtype
+        if name in ("running_mean", "running_var"):
+            return self._measure_running(name, got, declared)
+        if name in ("grad_weight", "grad_bias"):
+            if self.grads is None or case.affine is None:
+                return None
+            if case.n == 0:
+                zero = Pair(np.zeros(case.channels), np.zeros(case.channels))
+                exact = Allowance(np.full(case.channels, 2 * FORMATS[params].smallest), None)
+                return measure_channels(got, zero, exact, np.zeros(case.channels, np.int64), params)
+            right = self.grads.grad_weight if name == "grad_weight" else self.grads.grad_bias
+            allowance = getattr(self.gradient_bounds, name)
+            state = norm.state if name == "grad_weight" else np.zeros_like(norm.state)
+            return measure_channels(got, right, allowance, state, params)
+        if case.mode != "training" or case.n == 0:
+            return None
+        batch = bounds.statistics_bounds(norm, self.batches[-1].size, case.eps, case.dtype)
+        state = np.where(norm.state == UNJUDGED, OK, norm.state)
+        if name == "batch_mean":
+            return measure_channels(got, norm.mean, bounds.mean_allowance(batch), state, statistics)
+        if name == "batch_var":
+            return measure_channels(got, norm.var, bounds.var_allowance(batch), state, statistics)
+        allowance = bounds.invstd_allowance(norm, batch, case.eps, case.dtype)
+        return measure_channels(got, norm.invstd, allowance, norm.state, statistics)
+
+    def _measure_running(self, name: str, got: Array, declared: Declarations) -> Measurement:
+        case = self.case
+        is_mean = name == "running_mean"
+        start = self.running_mean if is_mean else self.running_var
+        fresh = np.zeros(case.channels, np.int64)
+        if case.mode == "inference" or case.n == 0:
+            # Nothing may move: any difference is a fault.
+            same = Allowance(np.full(case.channels, 2.0**-1074), None)
+            return measure_channels(
+                got, Pair(start, np.zeros(case.channels)), same, fresh, self._param_dtype
+            )
+        correction = 0 if is_mean else declared.running_var_correction
+        factor = Fraction(case.n, max(case.n - correction, 1))
+        weights = [step_weight(case.momentum, step) for step in range(1, case.steps + 1)]
+        if declared.running_update == "caffe":
+            # Scaled sums with a factor blob, from zero: what was there before the first step is gone.
+            weights = _caffe_weights(case)
+        exact = [batch.mean if is_mean else batch.var for batch in self.batches]
+        right = running_statistics(start, exact, weights, factor)
+        limits = []
+        for batch, values in zip(self.batches, exact, strict=True):
+            b = self._statistics_bounds(batch)
+            statistic = np.array([math.nan if v is None else nearest(*v) for v in values])
+            limits.append((statistic, b.mean if is_mean else b.var))
+        allowance = bounds.running_allowance(
+            start, limits, [float(w) for w in weights], float(factor), case.dtype
+        )
+        if case.param_dtype == "same" and case.dtype != case.statistics_dtype:
+            form = FORMATS[case.dtype]
+            allowance = Allowance(
+                allowance.allowed
+                + 4 * len(weights) * form.unit_roundoff * np.abs(right.high)
+                + form.smallest,
+                None,
+            )
+        measurement = measure_channels(got, right, allowance, fresh, self._param_dtype)
+        if case.n == 1 and not is_mean and not _passes(measurement):
+            # With one value per channel the unbiased variance is undefined: it may also stay as it was.
+            stay = Pair(start, np.zeros(case.channels))
+            other = measure_channels(got, stay, allowance, fresh, self._param_dtype)
+            return other if _passes(other) else measurement
+        return measurement
+
+
+def _passes(measurement: Measurement) -> bool:
+    ratio = measurement.bound_ratio
+    return ratio is None or (ratio <= 1 and measurement.nonfinite == 0)
+
+
+def _caffe_weights(case: Case) -> list[Fraction]:
+    """Weights with which R ← (1 − w) R + w v yields Caffe's Σ f^(t−k) v_k / Σ f^(t−k), f = 1 − momentum."""
+    decay = 1 - step_weight(case.momentum, 1)
+    total, weights = Fraction(0), []
+    for _ in range(case.steps):
+        total = total * decay + 1
+        weights.append(1 / total)
+    return weights
+
+
+def _condition(batch: Moments) -> float:
+    """Largest condition number of the variance over the channels with finite values; nan if there is none."""
+    worst = math.nan
+    for mean, var in zip(batch.mean, batch.var, strict=True):
+        if mean is None or var is None:
+            continue
+        if var[0] == 0:
+            return math.inf
+        kappa = math.sqrt(1 + nearest(mean[0] ** 2 * var[1], mean[1] ** 2 * var[0]))
+        worst = kappa if math.isnan(worst) else max(worst, kappa)
+    return worst

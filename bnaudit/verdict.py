@@ -1,0 +1,183 @@
+"""Measurements × thresholds → a verdict: status, label, the reason in words, and the cause where one shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from bnaudit.bounds import FORMATS
+from bnaudit.measure import Measurement, Reference, Worst
+from bnaudit.scenario import Case
+
+RUN_STATUSES = ("pass", "warn", "fail")
+"""From best to worst, for results that were measured."""
+
+LABELS = ("exact", "stable", "degraded", "broken")
+"""From best to worst."""
+
+CONSTANT_ABS_ERROR = 1e-3
+"""Harm threshold of a constant channel: a thousandth of a standard deviation."""
+
+DEFAULT_THRESHOLDS: Mapping[str, float | None] = {
+    "bound_ratio": 1.0,
+    "constant_abs_error": CONSTANT_ABS_ERROR,
+    "tight_ratio": None,
+    "max_abs_error": None,
+    "max_ulp_error": None,
+}
+
+CAUSES = {
+    "BN001": "constant channel",
+    "BN002": "cancellation in the variance",
+    "BN003": "low-precision accumulation",
+    "BN004": "overflow or underflow",
+    "BN005": "non-finite output",
+    "BN006": "running-statistics semantics",
+}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One quantity: what was measured, and the verdict on it."""
+
+    status: str
+    label: str | None
+    reason: str | None
+    max_abs_error: float | None
+    max_sigma_error: float | None
+    max_ulp_error: float | None
+    bound_ratio: float | None
+    tight_ratio: float | None
+    floor: float | None
+    nonfinite: int
+    worst: Worst | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict on all quantities of one result; cause is such as "BN003 low-precision accumulation"."""
+
+    status: str
+    label: str | None
+    reason: str | None
+    cause: str | None
+    quantities: dict[str, Judged]
+
+
+def judge(case: Case, measurements: Mapping[str, Measurement], facts: Reference) -> Verdict:
+    """Judges every measured quantity; the result is as bad as its worst quantity."""
+    judged = {
+        name: _judge_quantity(measurement, case.thresholds.get(name, {}), facts, name)
+        for name, measurement in measurements.items()
+    }
+    worst = max(judged.values(), key=lambda q: RUN_STATUSES.index(q.status), default=None)
+    if worst is None:
+        return Verdict(
+            "fail", None, "contract: nothing was returned that could be judged", None, {}
+        )
+    name = next(name for name, quantity in judged.items() if quantity is worst)
+    label = judged["y"].label if "y" in judged else worst.label
+    if worst.label is not None and (
+        label is None or LABELS.index(worst.label) > LABELS.index("stable")
+    ):
+        label = max(label or worst.label, worst.label, key=LABELS.index)
+    reason = None if worst.reason is None else f"{name}: {worst.reason}"
+    cause = _cause(measurements, judged, facts) if worst.status == "fail" else None
+    return Verdict(worst.status, label, reason, cause, judged)
+
+
+def _judge_quantity(
+    m: Measurement, overrides: Mapping[str, float | None], facts: Reference, name: str
+) -> Judged:
+    thresholds = {**DEFAULT_THRESHOLDS, **overrides}
+    failures, warnings = [], []
+    if not m.judged:
+        warnings.append("not judged: variance + eps is not positive, so nothing is defined")
+        return _judged(m, "pass", None, warnings[0])
+    if m.nonfinite:
+        finite = m.worst is not None and math.isfinite(m.worst.value)
+        count = f"{m.nonfinite} element{'s are' if m.nonfinite > 1 else ' is'}"
+        failures.append(
+            f"{count} finite where the right value is not" if finite else f"{count} not finite"
+        )
+    for key, text in (
+        ("bound_ratio", "deviates {value:.3g} times as much as a stable algorithm may"),
+        ("max_abs_error", "max_abs_error {value:.3g} exceeds the scenario's {limit:g}"),
+        ("max_ulp_error", "max_ulp_error {value:.3g} exceeds the scenario's {limit:g}"),
+        ("tight_ratio", "tight_ratio {value:.3g} exceeds the scenario's {limit:g}"),
+    ):
+        value, limit = getattr(m, key), thresholds[key]
+        if value is not None and limit is not None and not value <= limit and not m.nonfinite:
+            failures.append(text.format(value=value, limit=limit))
+    harmful = False
+    if m.constant_misses:
+        error, limit = m.constant_error, thresholds["constant_abs_error"]
+        harmful = error is None or not error <= CONSTANT_ABS_ERROR
+        text = f"must equal the bias and is off by {error:.3g} σ"
+        if limit is not None and not (error is not None and error <= limit):
+            failures.append(text)
+        else:
+            warnings.append(text)
+    if m.tight_ratio is not None and not m.tight_ratio <= 1:
+        warnings.append(f"{m.tight_ratio:.3g} times what the best algorithms lose")
+    label = _label(m, harmful)
+    status = "fail" if failures else "warn" if warnings else "pass"
+    reasons = failures or warnings
+    if reasons and name == "y" and facts.ill_conditioned:
+        reasons.append("the input is ill-conditioned")
+    if failures and label in ("exact", "stable"):
+        reasons.append(f"only the scenario's own threshold fails it: by the bounds it is {label}")
+    return _judged(m, status, label, "; ".join(reasons) or None)
+
+
+def _judged(m: Measurement, status: str, label: str | None, reason: str | None) -> Judged:
+    shared = {f.name for f in fields(Judged)} & {f.name for f in fields(Measurement)}
+    return Judged(status, label, reason, **{name: getattr(m, name) for name in shared})
+
+
+def _label(m: Measurement, harmful: bool) -> str:
+    if m.nonfinite or m.poor:
+        return "broken"
+    if (m.bound_ratio is not None and not m.bound_ratio <= 1) or harmful:
+        return "degraded"
+    if m.constant_misses or m.tight_ratio is None or not m.tight_ratio <= 1:
+        return "stable"
+    return "exact"
+
+
+def _cause(
+    measurements: Mapping[str, Measurement], judged: Mapping[str, Judged], facts: Reference
+) -> str | None:
+    """The fault that the pattern of failing quantities points at; None where it points at none."""
+    failed = {name for name, quantity in judged.items() if quantity.status == "fail"}
+
+    def off(name: str) -> bool:
+        return name in failed
+
+    code = None
+    if failed <= {"running_mean", "running_var"} and {"batch_mean", "batch_var"} & judged.keys():
+        code = "BN006"
+    elif facts.overflow or _extreme(facts):
+        code = "BN004"
+    elif off("batch_mean"):
+        code = "BN003"
+    elif off("batch_var") or off("invstd"):
+        code = "BN002" if facts.condition_number > 10 else None
+    elif "y" in failed:
+        y = measurements["y"]
+        if y.nonfinite:
+            code = "BN005"
+        elif y.constant_misses:
+            code = "BN001"
+    return None if code is None else f"{code} {CAUSES[code]}"
+
+
+def _extreme(facts: Reference) -> bool:
+    """Whether squares of the values leave the statistics dtype's normal range."""
+    form = FORMATS[facts.case.statistics_dtype]
+    largest = facts.largest
+    if not (math.isfinite(largest) and largest > 0):
+        return False
+    exponent = 2 * math.frexp(largest)[1]
+    return exponent > form.max_exponent or exponent < form.min_exponent

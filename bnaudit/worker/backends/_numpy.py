@@ -1,0 +1,267 @@
+"""The calibrated yardsticks: textbook BatchNorms whose errors are known in advance.
+
+All compute in the dtype of x (float32 for 16-bit cases, which arrive widened exactly; float64 for
+float64) and round after every operation. They share the normalization (x - mean) * invstd * weight +
+bias and the gradients, and differ numerically in this only:
+
+one_pass               E[x²] - E[x]², pairwise sums
+two_pass               mean, then the mean of (x - mean)²; pairwise sums
+two_pass_sequential    the same with one serial chain of additions per sum
+welford                one Welford recurrence per lane of at most 64 elements, lanes merged by Chan's
+                       formula in a balanced tree
+welford_sequential     one Welford recurrence over the whole channel
+shifted                one_pass on x - x_1, with x_1 the channel's first element
+
+Variance algorithms: Chan, Golub and LeVeque, The American Statistician 37 (1983) 242-247.
+NumPy alone, except welford_sequential, whose serial division needs Numba.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple
+
+import numpy as np
+
+try:
+    import numba
+except ImportError:
+    numba = None
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, Any]
+
+LANE = 64
+"""Longest Welford recurrence of `welford`."""
+
+
+def unavailable(name: str) -> Optional[str]:
+    """Return why the yardstick `name` (without or with @cpu) cannot run here, or None if it can."""
+    if numba is None and name.split("@")[0] == "welford-sequential":
+        return "numba is not installed in this environment (pip install numba)"
+    return None
+
+
+# --- sums of rows: (C, n) -> (C,) -------------------------------------------------------------------
+
+
+def pairwise(rows: Array) -> Array:
+    """Sum each row as a balanced tree that adds the second half to the first: depth ceil(log2 n)."""
+    n = rows.shape[1]
+    while n > 1:
+        half = (n + 1) // 2
+        left = rows[:, :half].copy()
+        left[:, : n - half] += rows[:, half:]
+        rows, n = left, half
+    return rows.sum(axis=1)  # of one column, or of none
+
+
+def sequential(rows: Array) -> Array:
+    """Sum each row from left to right, rounding after every addition."""
+    # accumulate stores every partial sum in the rows' dtype, so it can neither reorder nor widen.
+    return np.add.accumulate(rows, axis=1)[:, -1] if rows.shape[1] else rows.sum(axis=1)
+
+
+# --- mean and biased variance of rows: (C, n) -> (C,), (C,) -----------------------------------------
+
+
+def _one_pass(rows: Array) -> Tuple[Array, Array]:
+    n = rows.dtype.type(rows.shape[1])
+    mean = pairwise(rows) / n
+    return mean, pairwise(rows * rows) / n - mean * mean
+
+
+def _two_pass(rows: Array) -> Tuple[Array, Array]:
+    n = rows.dtype.type(rows.shape[1])
+    mean = pairwise(rows) / n
+    return mean, pairwise(np.square(rows - mean[:, None])) / n
+
+
+def _two_pass_sequential(rows: Array) -> Tuple[Array, Array]:
+    n = rows.dtype.type(rows.shape[1])
+    mean = sequential(rows) / n
+    return mean, sequential(np.square(rows - mean[:, None])) / n
+
+
+def _shifted(rows: Array) -> Tuple[Array, Array]:
+    first = rows[:, :1]
+    mean, var = _one_pass(rows - first)
+    return first[:, 0] + mean, var
+
+
+def _welford(rows: Array) -> Tuple[Array, Array]:
+    """Deal the elements in turn to ceil(n / LANE) lanes, then merge lane j + half into lane j."""
+    channels, n = rows.shape
+    real = rows.dtype.type
+    lanes = -(-n // LANE)
+    mean = rows[:, :lanes].copy()
+    m2 = np.zeros_like(mean)
+    count = np.ones(lanes)
+    for start in range(lanes, n, lanes):
+        x = rows[:, start : start + lanes]
+        active = x.shape[1]
+        delta = x - mean[:, :active]
+        mean[:, :active] += delta / real(start // lanes + 1)
+        m2[:, :active] += delta * (x - mean[:, :active])
+        count[:active] += 1
+    while lanes > 1:
+        half = (lanes + 1) // 2
+        left, right = slice(0, lanes - half), slice(half, lanes)
+        total = count[left] + count[right]
+        delta = mean[:, right] - mean[:, left]
+        mean[:, left] += delta * (count[right] / total).astype(real)
+        m2[:, left] += m2[:, right]
+        m2[:, left] += delta * delta * (count[left] * count[right] / total).astype(real)
+        count[left] = total
+        lanes = half
+    return mean[:, 0], m2[:, 0] / real(n)
+
+
+def _welford_recurrence(rows: Array, mean: Array, m2: Array) -> None:
+    """Update mean and m2, both zero at first, by every element of their row in turn."""
+    real = rows.dtype.type
+    for c in range(rows.shape[0]):
+        m, s = mean[c], m2[c]
+        for i in range(rows.shape[1]):
+            x = rows[c, i]
+            delta = x - m
+            m += delta / real(i + 1)
+            s += delta * (x - m)
+        mean[c], m2[c] = m, s
+
+
+if numba is not None:
+    _welford_recurrence = numba.njit(cache=True)(_welford_recurrence)
+
+
+def _welford_sequential(rows: Array) -> Tuple[Array, Array]:
+    mean = np.zeros(rows.shape[0], rows.dtype)
+    m2 = np.zeros_like(mean)
+    _welford_recurrence(rows, mean, m2)
+    return mean, m2 / rows.dtype.type(rows.shape[1])
+
+
+# --- the layer --------------------------------------------------------------------------------------
+
+
+def channel_rows(x: Array) -> Array:
+    """Return x, (N, C, *) in any strides, as C contiguous rows of n elements, N before the rest."""
+    return np.ascontiguousarray(x.swapaxes(0, 1)).reshape(x.shape[1], -1)
+
+
+def from_rows(rows: Array, shape: Tuple[int, ...]) -> Array:
+    """Undo `channel_rows`, as a view."""
+    return rows.reshape((shape[1], shape[0]) + shape[2:]).swapaxes(0, 1)
+
+
+def update_running(
+    running_mean: Array, running_var: Array, mean: Array, var: Array, n: int, momentum: float
+) -> Dict[str, Array]:
+    """Move the running statistics by `momentum` towards the batch's mean and unbiased variance."""
+    real = mean.dtype.type
+    old, new = real(1 - momentum), real(momentum)
+    correction = real(n / (n - 1) if n > 1 else 1)
+    return {
+        "running_mean": running_mean.astype(real) * old + mean * new,
+        "running_var": running_var.astype(real) * old + (var * correction) * new,
+    }
+
+
+def empty_batch(
+    x: Array,
+    weight: Optional[Array],
+    bias: Optional[Array],
+    running_mean: Array,
+    running_var: Array,
+    training: bool,
+    backward: bool,
+) -> Dict[str, Array]:
+    """Outputs for N = 0: y empty, running statistics as they were, zero parameter gradients."""
+    outputs = {"y": np.empty(x.shape, x.dtype)}
+    if training:
+        outputs["running_mean"], outputs["running_var"] = running_mean.copy(), running_var.copy()
+    if backward:
+        outputs["grad_input"] = np.empty(x.shape, x.dtype)
+        if weight is not None:
+            outputs["grad_weight"] = np.zeros(x.shape[1], x.dtype)
+        if bias is not None:
+            outputs["grad_bias"] = np.zeros(x.shape[1], x.dtype)
+    return outputs
+
+
+class Yardstick:
+    """A BatchNorm with the plug-in's signature around one algorithm for mean and variance.
+
+    Args:
+        moments: rows (C, n) -> batch mean and biased variance, (C,) each.
+        total: rows (C, n) -> sums (C,), the order of the gradients' sums.
+    """
+
+    widened = True
+
+    def __init__(
+        self, moments: Callable[[Array], Tuple[Array, Array]], total: Callable[[Array], Array]
+    ) -> None:
+        """Keep the two functions that tell this yardstick from the others."""
+        self.moments = moments
+        self.total = total
+
+    def __call__(
+        self,
+        x: Array,
+        weight: Optional[Array],
+        bias: Optional[Array],
+        running_mean: Array,
+        running_var: Array,
+        *,
+        training: bool,
+        momentum: float,
+        eps: float,
+        grad_output: Optional[Array] = None
+    ) -> Dict[str, Array]:
+        """Normalize x, (N, C, *); everything is computed and returned in the dtype of x.
+
+        Returns y; in training batch_mean, batch_var (biased) and the running statistics; with a
+        grad_output grad_input and, where there are such parameters, grad_weight and grad_bias.
+        """
+        if x.shape[0] == 0:
+            return empty_batch(
+                x, weight, bias, running_mean, running_var, training, grad_output is not None
+            )
+        real = x.dtype.type
+        rows = channel_rows(x)
+        n = rows.shape[1]
+        outputs = {}
+        # Squares of large values overflow here as they do in the algorithm: silently.
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            if training:
+                mean, var = self.moments(rows)
+                outputs["batch_mean"], outputs["batch_var"] = mean, var
+                outputs.update(update_running(running_mean, running_var, mean, var, n, momentum))
+            else:
+                mean, var = running_mean.astype(real), running_var.astype(real)
+            invstd = real(1) / np.sqrt(var + real(eps))
+            xhat = (rows - mean[:, None]) * invstd[:, None]
+            y = xhat if weight is None else xhat * weight.astype(real)[:, None]
+            y = y if bias is None else y + bias.astype(real)[:, None]
+            outputs["y"] = from_rows(y, x.shape)
+            if grad_output is not None:
+                grad = channel_rows(grad_output)
+                grad_bias, grad_weight = self.total(grad), self.total(grad * xhat)
+                if weight is not None:
+                    outputs["grad_weight"] = grad_weight
+                if bias is not None:
+                    outputs["grad_bias"] = grad_bias
+                if training:
+                    grad = grad - (grad_bias / real(n))[:, None]
+                    grad -= xhat * (grad_weight / real(n))[:, None]
+                slope = invstd if weight is None else invstd * weight.astype(real)
+                outputs["grad_input"] = from_rows(grad * slope[:, None], x.shape)
+        return outputs
+
+
+one_pass = Yardstick(_one_pass, pairwise)
+two_pass = Yardstick(_two_pass, pairwise)
+two_pass_sequential = Yardstick(_two_pass_sequential, sequential)
+welford = Yardstick(_welford, pairwise)
+welford_sequential = Yardstick(_welford_sequential, sequential)
+shifted = Yardstick(_shifted, pairwise)

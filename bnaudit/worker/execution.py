@@ -1,0 +1,263 @@
+"""One case on one backend: hands the tensors over, calls, checks what was returned and what was left."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from .layout import changed_gap, first_change, lay_out
+from .rounding import round_to, statistics_dtype, storage, widen
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from .rounding import Array
+
+    Files = Mapping[str, str]
+
+PER_CHANNEL = (
+    "batch_mean",
+    "batch_var",
+    "invstd",
+    "running_mean",
+    "running_var",
+    "grad_weight",
+    "grad_bias",
+)
+RUNNING = ("running_mean", "running_var")
+GRADIENTS = ("grad_input", "grad_weight", "grad_bias")
+
+MAPPED = 1 << 20
+"""Files from this many bytes on are mapped instead of read."""
+
+KEPT = 1 << 26
+"""Inputs of up to this many bytes stay laid out for the next backend that gets the same ones."""
+
+MESSAGE = 2000
+TRACEBACK = 20000
+"""Most characters that are passed on of an exception's message and of its traceback."""
+
+
+class NoResult(Exception):  # noqa: N818 - an outcome, not an error of the worker
+    """A case that ended without outputs: "unsupported", "contract" or "raised", and the reason in words."""
+
+    def __init__(self, outcome: str, reason: str, trace: str | None = None) -> None:
+        """trace: a traceback to show, where the backend's author can use one."""
+        super().__init__(reason)
+        self.outcome = outcome
+        self.reason = reason
+        self.trace = trace
+
+
+class Implementation(NamedTuple):
+    """A backend ready to be called.
+
+    form: how 16-bit tensors are handed over. "stored": as in the files, bfloat16 as uint16. "widened": as
+    float32. "numpy": bfloat16 as ml_dtypes.bfloat16.
+    """
+
+    function: Callable[..., Any]
+    form: str
+
+
+class Execution(NamedTuple):
+    """What a backend did with a case.
+
+    outputs: arrays, each with its dtype's name; y and grad_input as stored, per-channel quantities in
+    float32 or float64. seconds: inside the backend, all steps together.
+    """
+
+    outputs: dict[str, tuple[Array, str]]
+    kernel: str | None
+    seconds: float
+
+
+def printable(text: str) -> str:
+    """The text with whatever UTF-8 cannot carry (lone surrogates) spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def describe(error: BaseException) -> str:
+    """`Type: message` of an exception, also of one that cannot be turned into text."""
+    try:
+        message = str(error)
+    except Exception:
+        message = "(its message cannot be shown)"
+    name = type(error).__name__
+    return printable("%s: %s" % (name, message) if message else name)[:MESSAGE]
+
+
+def traced(error: BaseException) -> str:
+    """The traceback, without the worker's own frames in front."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    frames = error.__traceback__
+    while frames is not None and os.path.dirname(frames.tb_frame.f_code.co_filename) == here:
+        frames = frames.tb_next
+    return printable("".join(traceback.format_exception(type(error), error, frames)))[-TRACEBACK:]
+
+
+def _bfloat16() -> np.dtype[Any]:
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        text = "bfloat16 reaches a NumPy function as ml_dtypes.bfloat16; ml_dtypes is not installed"
+        raise NoResult("unsupported", text) from error
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def _load(path: str, mode: str) -> Array:
+    # An empty file cannot be mapped, and a small one is read faster.
+    mapped: Any = mode if os.path.getsize(path) >= MAPPED else None
+    return np.asarray(np.load(path, mmap_mode=mapped, allow_pickle=False))
+
+
+class Tensors:
+    """The inputs of one case in the form and memory format that one kind of backend gets.
+
+    files maps names to .npy files: x and grad_output (steps, N, C, *), weight, bias, running_mean and
+    running_var (C,).
+    """
+
+    def __init__(self, case: Mapping[str, Any], files: Files, form: str) -> None:
+        """Opens the files; a step is laid out when it is first asked for."""
+        self.dtype: str = case["dtype"]
+        same = case["param_dtype"] == "same"
+        self.param_dtype = self.dtype if same else statistics_dtype(self.dtype)
+        self.kept = sum(os.path.getsize(path) for path in files.values()) <= KEPT
+        self._memory_format: str = case["memory_format"]
+        self._form = form
+        self._native = {
+            dtype: _bfloat16() if (form, dtype) == ("numpy", "bfloat16") else storage(dtype)
+            for dtype in (self.dtype, self.param_dtype)
+        }
+        self._files = files
+        self._sources = {name: _load(path, "r") for name, path in files.items()}
+        self._laid: dict[tuple[str, int], Array] = {}
+
+    def get(self, name: str, step: int) -> Array | None:
+        """The tensor at a step counted from 0, private to this process; None where the case has none."""
+        if name not in self._sources:
+            return None
+        key = (name, step if self._sources[name].ndim > 1 else 0)
+        if key not in self._laid:
+            self._laid[key] = self._lay_out(*key)
+        return self._laid[key]
+
+    def forget(self, step: int) -> None:
+        """Frees what is held of a step, unless the case is small enough to be kept for the next backend."""
+        if not self.kept:
+            for name in ("x", "grad_output"):
+                self._laid.pop((name, step), None)
+
+    def _lay_out(self, name: str, step: int) -> Array:
+        source = self._sources[name]
+        if source.ndim == 1:
+            return self.hand_over(source.copy(), self.param_dtype)
+        if self._memory_format == "contiguous":
+            # Mapped copy-on-write: nothing is copied unless the backend writes to it.
+            return self.hand_over(_load(self._files[name], "c")[step], self.dtype)
+        return lay_out(self.hand_over(source[step], self.dtype), self._memory_format)
+
+    def hand_over(self, stored: Array, dtype: str) -> Array:
+        """From the files' form to the backend's; exact."""
+        if self._form == "widened":
+            return widen(stored, dtype)
+        return stored.view(self._native[dtype])
+
+    def take_back(self, name: str, value: Any, dtype: str, shape: tuple[int, ...]) -> Array:
+        """A returned tensor of the case as stored; raises NoResult "contract" if it is not one."""
+        array = _array(name, value, shape)
+        if self._form == "widened":
+            if array.dtype not in (np.float32, np.float64):
+                raise NoResult("contract", "%s is %s, not float32 or float64" % (name, array.dtype))
+            return round_to(array, dtype)
+        if array.dtype != self._native[dtype]:
+            wanted = self._native[dtype].name
+            raise NoResult("contract", "%s is %s, not %s" % (name, array.dtype, wanted))
+        return array.view(storage(dtype))
+
+    def take_back_channels(self, name: str, value: Any, channels: int) -> Array:
+        """A returned per-channel quantity in float32 or float64; raises NoResult "contract"."""
+        array = _array(name, value, (channels,))
+        if self._form == "stored" and array.dtype == np.uint16:
+            return widen(array, "bfloat16")
+        if array.dtype.kind == "f":
+            return array.astype(np.float32 if array.dtype.itemsize <= 4 else np.float64)
+        if array.dtype.name == "bfloat16":
+            return array.astype(np.float32)
+        raise NoResult("contract", "%s is %s, not a floating-point dtype" % (name, array.dtype))
+
+    def check(self, step: int) -> None:
+        """Raises NoResult "contract" if the backend wrote to a tensor that is not its to change."""
+        for name in ("x", "weight", "bias", "grad_output"):
+            laid = self.get(name, step)
+            if laid is None:
+                continue
+            source, dtype = self._sources[name], self.param_dtype
+            if source.ndim > 1:
+                source, dtype = source[step], self.dtype
+            index = first_change(laid, source, lambda part, dtype=dtype: self.hand_over(part, dtype))
+            if index is not None:
+                place = "%s[%s]" % (name, ",".join(map(str, index)))
+                was = self.hand_over(source[index], dtype)
+                text = "%s was changed in place: %s was %s and is now %s"
+                raise NoResult("contract", text % (name, place, was, laid[index]))
+            if laid.ndim > 1 and self._memory_format == "strided":
+                gap = changed_gap(laid)
+                if gap is not None:
+                    text = "%s: a gap between the elements was written to, %d elements from the first"
+                    raise NoResult("contract", text % (name, gap))
+
+
+def _array(name: str, value: Any, shape: tuple[int, ...]) -> Array:
+    if not isinstance(value, np.ndarray):
+        kind = type(value).__name__
+        raise NoResult("contract", "%s is of type %s, not a NumPy array" % (name, kind))
+    if value.shape != shape:
+        raise NoResult("contract", "%s has shape %s, not %s" % (name, value.shape, shape))
+    return np.asarray(value)
+
+
+def run(implementation: Implementation, case: Mapping[str, Any], tensors: Tensors) -> Execution:
+    """Calls the backend once per step, with the running statistics it left; the last step's outputs count.
+
+    Raises NoResult.
+    """
+    function = implementation.function
+    training = case["mode"] == "training"
+    running = {name: tensors.get(name, 0) for name in RUNNING}
+    moved: dict[str, Array] = {}
+    seconds = 0.0
+    for step in range(case["steps"]):
+        given = {name: None if array is None else array.copy() for name, array in running.items()}
+        momentum = case["momentum"]
+        options = {"training": training, "eps": case["eps"]}
+        if getattr(function, "counts_steps", False):
+            options["step"] = step + 1
+        elif momentum is None:
+            momentum = 1.0 / (step + 1)
+        arguments = [tensors.get(name, step) for name in ("x", "weight", "bias")]
+        arguments += [given[name] for name in RUNNING]
+        options.update(momentum=momentum, grad_output=tensors.get("grad_output", step))
+        start = time.perf_counter()
+        returned = _call(function, arguments, options)
+        seconds += time.perf_counter() - start
+        tensors.check(step)
+        tensors.forget(step)
+        returned = dict(returned) if isinstance(returned, dict) else {"y": returned}
+    return Execution(outputs, kernel, seconds)
+
+
+def _call(function: Callable[..., Any], arguments: list[Any], options: dict[str, Any]) -> Any:
+    try:
+        with np.errstate(all="ignore"):
+            return function(*arguments, **options)
+    except NotImplementedError as error:
+        raise NoResult("unsupported", printable(str(error)) or "not implemented") from error
+    except BaseException as error:  # SystemExit and KeyboardInterrupt are a backend's fault, too
+        raise NoResult("raised", describe(error), traced(error)) from error

@@ -1,0 +1,68 @@
+"""Memory formats: where a tensor's elements lie, and whether anything else was written to.
+
+"contiguous" is C order (N, C, *). "channels_last" is (N, *, C) in memory. "strided" is C order with every
+second element left out, 3 elements into an allocation whose gaps hold NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Optional, Tuple
+
+import numpy as np
+
+OFFSET = 3
+STEP = 2
+BLOCK = 1 << 20
+"""Elements compared at a time."""
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    """The array's bit patterns, as unsigned integers of the same size in the same place."""
+    return array.view("u%d" % array.dtype.itemsize)
+
+
+def lay_out(values: np.ndarray, memory_format: str) -> np.ndarray:
+    """A writable copy of `values`, of shape (N, C, *), in the memory format. uint16 is bfloat16's bits."""
+    if memory_format == "contiguous":
+        return values.copy()
+    if memory_format == "channels_last":
+        base = np.empty(values.shape[:1] + values.shape[2:] + values.shape[1:2], values.dtype)
+        laid = np.moveaxis(base, -1, 1)
+    else:
+        nan = 0x7FC0 if values.dtype == np.uint16 else np.nan
+        base = np.full(OFFSET + STEP * values.size, nan, values.dtype)
+        laid = base[OFFSET::STEP].reshape(values.shape)
+    laid[...] = values
+    return laid
+
+
+def changed_gap(laid: np.ndarray) -> Optional[int]:
+    """Where in the allocation of a "strided" tensor a gap no longer holds its NaN, or None.
+
+    Counted in elements from the tensor's first; negative in front of it.
+    """
+    base = laid
+    while base.base is not None:
+        base = base.base
+    pattern = bits(base)
+    nan = bits(np.full(1, 0x7FC0 if base.dtype == np.uint16 else np.nan, base.dtype))[0]
+    for start, step in ((0, 1), (OFFSET + 1, STEP)):
+        gaps = pattern[:OFFSET] if start == 0 else pattern[start::step]
+        touched = gaps != nan
+        if touched.any():
+            return start + step * int(touched.argmax()) - OFFSET
+    return None
+
+
+def first_change(
+    array: np.ndarray, source: np.ndarray, convert: Callable[[np.ndarray], np.ndarray]
+) -> Optional[Tuple[int, ...]]:
+    """Index of the first element, in C order, whose bits are not those of `convert(source)`, or None."""
+    rows = max(1, BLOCK // max(1, source[:1].size))
+    for start in range(0, len(source), rows):
+        block = slice(start, start + rows)
+        differs = bits(array[block]) != bits(convert(source[block]))
+        if differs.any():
+            index = np.unravel_index(int(differs.argmax()), differs.shape)
+            return (start + int(index[0]),) + tuple(int(i) for i in index[1:])
+    return None

@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -51,6 +52,10 @@ def statistics() -> None:
     except ImportError:
         torch = None
 
+    def numpy_moments(x: np.ndarray) -> None:
+        x.mean((0, 2, 3), dtype=np.float64)
+        x.var((0, 2, 3), dtype=np.float64)
+
     for shape in SHAPES:
         x = np.random.default_rng(0).standard_normal(shape, np.float32)
         channels, flat = shape[1], x.reshape(shape[0], shape[1], -1)
@@ -67,17 +72,8 @@ def statistics() -> None:
         certified()
         ours = best(certified, rounds)
         others: list[tuple[str, float]] = [
-            ("memory copy", best(lambda x=x, copy=copy: np.copyto(copy, x), rounds)),
-            (
-                "numpy float64 mean + var",
-                best(
-                    lambda x=x: (
-                        x.mean((0, 2, 3), dtype=np.float64),
-                        x.var((0, 2, 3), dtype=np.float64),
-                    ),
-                    min(rounds, 3),
-                ),
-            ),
+            ("memory copy", best(partial(np.copyto, copy, x), rounds)),
+            ("numpy float64 mean + var", best(partial(numpy_moments, x), min(rounds, 3))),
         ]
         if torch is not None:
             tensor = torch.from_numpy(x)
@@ -90,9 +86,8 @@ def statistics() -> None:
         print(f"\nstatistics, {'x'.join(map(str, shape))} float32, 1 thread")
         print(f"  {'certified reference':28} {x.size / ours / 1e9:6.2f} Gelt/s")
         for name, seconds in others:
-            print(
-                f"  {name:28} {x.size / seconds / 1e9:6.2f} Gelt/s   reference is {seconds / ours:.2f} x as fast"
-            )
+            speed = x.size / seconds / 1e9
+            print(f"  {name:28} {speed:6.2f} Gelt/s   reference is {seconds / ours:.2f} x as fast")
 
 
 def _case(shape: Sequence[int]) -> str:
@@ -107,10 +102,9 @@ shape: {list(shape)}
 def audit() -> None:
     """Time of reference and comparison against the backend's."""
     from bnaudit.inputs import make
+    from bnaudit.measure import Declarations, Reference
     from bnaudit.scenario import load
     from bnaudit.subject import Subject, scratch_folder
-
-    from bnaudit.measure import Declarations, Reference
 
     with scratch_folder() as scratch:
         path = scratch / "benchmark.yaml"

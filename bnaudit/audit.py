@@ -11,6 +11,7 @@ from typing import Any
 
 from bnaudit.inputs import Inputs, make
 from bnaudit.measure import Declarations, Measurement, Reference
+from bnaudit.reference import check_environment
 from bnaudit.scenario import Case, Scenario
 from bnaudit.subject import Reply, Subject
 from bnaudit.verdict import Judged, judge
@@ -96,7 +97,9 @@ def run(
     Yields each case's facts, then its results; after a scenario's last case, its controls' outcomes.
     A control runs on the whole of its scenario, ungated, unless it is selected anyway; `matches(case id,
     backend)` filters the rest. stop_early: end after the first gated failure.
+    Raises EnvironmentFaultError where no exact reference can be computed.
     """
+    check_environment()
     done: dict[tuple[str, str], _Run] = {}
     names = [selected.name for selected in selection]
     for scenario in scenarios:

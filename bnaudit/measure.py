@@ -47,7 +47,7 @@ from bnaudit.scenario import Case
 from bnaudit.worker.rounding import round_to, widen
 
 BLOCK = 512
-"""Elements compared at a time: seven float64 buffers of this size stay in the first-level cache."""
+"""Elements compared at a time: eight float64 buffers of this size stay in the first-level cache."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,10 @@ class Tally(NamedTuple):
 
 
 def _tally(channels: int) -> Tally:
-    return Tally(
-        *(np.zeros(channels) for _ in range(4)),
-        np.full(channels, -1, np.int64),
-        *(np.zeros(channels, np.int64) for _ in range(2)),
-    )
+    ratio, tight, error, ulps = np.zeros((4, channels))
+    position, nonfinite, poor = np.zeros((3, channels), np.int64)
+    position -= 1
+    return Tally(ratio, tight, error, ulps, position, nonfinite, poor)
 
 
 class Output(NamedTuple):
@@ -138,6 +137,7 @@ def _compare(
     tight: Any,
     coarse: Any,
     error: Any,
+    ratio: Any,
     output: Output,
     tally: Tally,
 ) -> None:
@@ -156,8 +156,10 @@ def _compare(
         error[i] = e
         mismatches += 1 if wrong else 0
         counted = 0.0 if wrong else e
-        top_ratio = max(top_ratio, bits_of(e / allowed[i]) & MAGNITUDE)
-        top_tight = max(top_tight, bits_of(e / tight[i]) & MAGNITUDE)
+        # Where nothing is wrong the allowance may be undefined, as for an infinite x.
+        ratio[i] = e / allowed[i] if e != 0.0 else 0.0
+        top_ratio = max(top_ratio, bits_of(ratio[i]) & MAGNITUDE)
+        top_tight = max(top_tight, bits_of(e / tight[i] if e != 0.0 else 0.0) & MAGNITUDE)
         top_error = max(top_error, bits_of(counted))
         top_ulps = max(
             top_ulps, bits_of(counted / ulp(right, output.precision, output.min_exponent))
@@ -166,15 +168,15 @@ def _compare(
     tally.tight[c] = max(tally.tight[c], from_bits(top_tight))
     tally.error[c] = max(tally.error[c], from_bits(top_error))
     tally.ulps[c] = max(tally.ulps[c], from_bits(top_ulps))
-    ratio = from_bits(top_ratio)
-    if not ratio <= 30.0:
+    worst = from_bits(top_ratio)
+    if not worst <= bounds.POOR:
         for i in range(m):
-            if not error[i] / allowed[i] <= 30.0 and not error[i] <= coarse[i]:
+            if not ratio[i] <= bounds.POOR and not error[i] <= coarse[i]:
                 tally.poor[c] += 1
-    if tally.position[c] < 0 or not ratio <= tally.ratio[c]:
-        tally.ratio[c] = ratio
+    if tally.position[c] < 0 or not worst <= tally.ratio[c]:
+        tally.ratio[c] = worst
         for i in range(m):
-            if bits_of(error[i] / allowed[i]) & MAGNITUDE == top_ratio:
+            if bits_of(ratio[i]) & MAGNITUDE == top_ratio:
                 tally.position[c] = start + i
                 break
 
@@ -212,7 +214,7 @@ def _compare_y(
     images, channels, plane = x.shape
     got, high, low = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
     allowed, tight, coarse = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
-    error = np.empty(BLOCK)
+    error, ratio = np.empty(BLOCK), np.empty(BLOCK)
     for image in range(images):
         for c in range(channels):
             if state[c] == UNJUDGED:
@@ -248,7 +250,9 @@ def _compare_y(
                         limits.cap[c],
                     )
                     coarse[i] = 2.0**-bounds.POOR_BITS * (gamma * max(1.0, xh) + beta)
-                _compare(c, start, m, got, high, low, allowed, tight, coarse, error, output, tally)
+                _compare(
+                    c, start, m, got, high, low, allowed, tight, coarse, error, ratio, output, tally
+                )
 
 
 @njit(cache=True, nogil=True)
@@ -274,7 +278,7 @@ def _compare_grad_input(
     """Compares grad_input with the reference; arguments as in _compare_y."""
     images, channels, plane = x.shape
     got, high, low = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
-    allowed, error = np.empty(BLOCK), np.empty(BLOCK)
+    allowed, error, ratio = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
     coarse = np.full(BLOCK, math.inf)
     for image in range(images):
         for c in range(channels):
@@ -329,7 +333,19 @@ def _compare_grad_input(
                         limits.weight_error[c],
                     )
                 _compare(
-                    c, start, m, got, high, low, allowed, allowed, coarse, error, output, tally
+                    c,
+                    start,
+                    m,
+                    got,
+                    high,
+                    low,
+                    allowed,
+                    allowed,
+                    coarse,
+                    error,
+                    ratio,
+                    output,
+                    tally,
                 )
 
 
@@ -583,14 +599,15 @@ def measure_channels(
         wrong = judged & (finite != expected) & ~(expected & rounds_up)
         error = np.where(finite & expected, np.abs((value - right.high) - right.low), 0.0)
         error = np.where(wrong, math.inf, error)
-        ratio = np.where(judged, error / allowance.allowed, 0.0)
+        # Where nothing is wrong the allowance may be undefined: it follows from the reference.
+        ratio = np.where(judged & (error != 0), error / allowance.allowed, 0.0)
         ulps = np.array([ulp(v, form.precision, form.min_exponent) for v in right.high.tolist()])
         counted = np.where(wrong | ~judged, 0.0, error)
     worst = int(np.argmax(np.where(np.isnan(ratio), math.inf, ratio)))
     tight = None
     if allowance.tight is not None:
         with np.errstate(all="ignore"):
-            tight = float(np.where(judged, error / allowance.tight, 0.0).max())
+            tight = float(np.where(judged & (error != 0), error / allowance.tight, 0.0).max())
     return Measurement(
         max_abs_error=float(counted.max()),
         max_ulp_error=float((counted / ulps).max()),
@@ -622,7 +639,6 @@ class Reference:
     def __init__(self, case: Case, inputs: Inputs) -> None:
         """Forms the sums of every step, and the coefficients of the last."""
         self.case = case
-        self.inputs = inputs
         dtype = case.dtype
         x = [_flat(step) for step in inputs.x]
         channels = case.channels
@@ -653,8 +669,9 @@ class Reference:
             training=training,
         )
         self.grads: Gradients | None = None
-        if case.backward and inputs.grad_output is not None:
-            dy = _flat(inputs.grad_output[-1])
+        self._dy = None if inputs.grad_output is None else _flat(inputs.grad_output[-1])
+        if self._dy is not None:
+            dy = self._dy
             self.grads = gradients(dtype, x[-1], dy, statistics, case.eps, self.norm)
             self.gradient_bounds = self._gradient_bounds(self.grads, x[-1], dy)
         self._x = x[-1]
@@ -731,11 +748,11 @@ class Reference:
             if name == "y":
                 result[name] = measure_y(case, self._x, _flat(got), self.norm, self.running_mean)
             elif name == "grad_input":
-                if self.grads is not None:
+                if self.grads is not None and self._dy is not None:
                     result[name] = measure_grad_input(
                         case,
                         self._x,
-                        _flat(self.inputs.grad_output[-1]),
+                        self._dy,
                         _flat(got),
                         self.norm,
                         self.grads,

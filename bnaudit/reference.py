@@ -76,19 +76,19 @@ def _bitcast(source: Any, target: Any) -> Callable[..., Any]:
     return generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def bits_of(typing_context: Any, value: Any) -> Any:
     """The bit pattern of a float64 as an int64."""
     return types.int64(types.float64), _bitcast(types.float64, types.int64)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def from_bits(typing_context: Any, value: Any) -> Any:
     """The float64 with the bit pattern of an int64."""
     return types.float64(types.int64), _bitcast(types.int64, types.float64)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def fma(typing_context: Any, x: Any, y: Any, z: Any) -> Any:
     """x·y + z rounded once (by the processor, or by libm where it has no such instruction)."""
 

@@ -31,6 +31,7 @@ def _wide(values: Array | None, dtype: str, default: float, channels: int) -> Ar
     return widen(values, dtype).astype(np.longdouble)
 
 
+@np.errstate(all="ignore")  # infinities and NaN are the right answers to some inputs
 def outputs(case: Case, inputs: Inputs, *, correction: int = 1) -> dict[str, Array]:
     """All quantities of a case; y and grad_input in the case's storage, the rest in its statistics dtype."""
     params = case.dtype if case.param_dtype == "same" else case.statistics_dtype
@@ -49,7 +50,11 @@ def outputs(case: Case, inputs: Inputs, *, correction: int = 1) -> dict[str, Arr
             d = x - mean.reshape(shape)
         else:
             # Exact for constants: the mean is corrected by that of the differences.
-            first = x[:1].reshape(x.shape[1], -1)[:, 0] if case.shape[0] == 1 else x[0].reshape(c, -1)[:, 0]
+            first = (
+                x[:1].reshape(x.shape[1], -1)[:, 0]
+                if case.shape[0] == 1
+                else x[0].reshape(c, -1)[:, 0]
+            )
             mean = first + (x - first.reshape(shape)).mean(axes)
             d = x - mean.reshape(shape)
             var = (d * d).mean(axes)
@@ -71,9 +76,7 @@ def outputs(case: Case, inputs: Inputs, *, correction: int = 1) -> dict[str, Arr
         slope = invstd.reshape(shape) * weight
         dx = dy * slope
         if case.mode == "training":
-            dx = slope * (
-                dy - grad_bias.reshape(shape) / n - xh * grad_weight.reshape(shape) / n
-            )
+            dx = slope * (dy - grad_bias.reshape(shape) / n - xh * grad_weight.reshape(shape) / n)
         result["grad_input"] = round_to(dx.astype(np.float64), case.dtype)
         if case.affine is not None:
             result |= {"grad_weight": grad_weight, "grad_bias": grad_bias}

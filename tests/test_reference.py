@@ -33,7 +33,7 @@ from bnaudit.reference import (
     step_weight,
     y_element,
 )
-from bnaudit.worker.rounding import widen
+from bnaudit.worker.rounding import round_to, widen
 
 LENGTHS = (1, 2, 3, 7, 16, 17, 100, 1000)
 EPS = 1e-5
@@ -82,23 +82,24 @@ def check_batch(dtype: str, x: reference.Array, dy: reference.Array, elements: i
     eps = Fraction(EPS)
     for c in range(count):
         xs, gs = fractions(x, dtype, c), fractions(dy, dtype, c)
-        n = len(xs)
+        n, zero = len(xs), Fraction(0)
         assert value(own.first[c]) == sum(xs)
         assert value(own.cross[c]) == sum(v * v for v in xs)
         assert value(sums.first[c]) == sum(gs)
         assert value(sums.cross[c]) == sum(g * v for g, v in zip(gs, xs, strict=True))
-        size = float(sum(map(abs, xs)) / n)
+        size = float(sum(map(abs, xs), zero) / n)
         assert batch.size[c] == pytest.approx(size, rel=1e-9, abs=5e-324)
         assert batch.largest[c] == max(map(abs, xs))
-        mean = sum(xs) / n
-        var = sum((v - mean) ** 2 for v in xs) / n
+        mean = sum(xs, zero) / n
+        var = sum(((v - mean) ** 2 for v in xs), zero) / n
         check_pair(norm.mean, c, mean)
         check_pair(norm.var, c, var)
         assert norm.constant[c] == (len(set(xs)) == 1)
         r = 1 / square_root(var + eps)
         check_root(norm.invstd, c, 1 / (var + eps))
         w, b = Fraction(weight[c]), Fraction(bias[c])
-        total, d = sum(gs), sum(g * (v - mean) for g, v in zip(gs, xs, strict=True))
+        total = sum(gs, zero)
+        d = sum((g * (v - mean) for g, v in zip(gs, xs, strict=True)), zero)
         check_pair(grads.grad_bias, c, total)
         check_root(grads.grad_weight, c, d * d / (var + eps), negative=d < 0)
         tilt = d / (n * (var + eps))
@@ -130,7 +131,7 @@ def check_batch(dtype: str, x: reference.Array, dy: reference.Array, elements: i
             if scale < Fraction(2) ** 1000:
                 error = abs(Fraction(h) + Fraction(low) - right)
                 assert error <= Fraction(2) ** -78 * scale + tiny * (1 + abs(w) * r)
-    return count
+    return int(count)
 
 
 def check_pair(pair: reference.Pair, c: int, exact: Fraction) -> None:
@@ -150,10 +151,10 @@ def check_root(pair: reference.Pair, c: int, square: Fraction, *, negative: bool
         return
     below = (Fraction(math.nextafter(high, -math.inf)) + Fraction(high)) / 2
     above = (Fraction(math.nextafter(high, math.inf)) + Fraction(high)) / 2
-    assert max(below, 0) ** 2 <= square <= above**2
+    assert max(below, Fraction(0)) ** 2 <= square <= above**2
     total = Fraction(high) + Fraction(low)
     slack = total * Fraction(2) ** -104 + Fraction(5e-324)
-    assert max(total - slack, 0) ** 2 <= square <= (total + slack) ** 2
+    assert max(total - slack, Fraction(0)) ** 2 <= square <= (total + slack) ** 2
 
 
 @pytest.mark.parametrize("draw", CATEGORIES, ids=lambda draw: draw.__name__)
@@ -208,9 +209,7 @@ def test_a_value_that_is_not_finite_spoils_its_own_channel_only(dtype: str, bad:
         x[position // 2500, 1, position % 2500] = bad
         tensor = stored(np.ones_like(x), dtype)
         with np.errstate(invalid="ignore"):
-            spoiled = reference.widen(tensor, dtype).astype(np.float64) * x
-        from bnaudit.worker.rounding import round_to
-
+            spoiled = widen(tensor, dtype).astype(np.float64) * x
         batch = moments(dtype, round_to(spoiled, dtype))
         assert batch.mean[1] is None
         assert batch.var[1] is None

@@ -1,0 +1,235 @@
+"""The audit's loop, its controls and its exit codes, on subjects that are made up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from correct import outputs
+
+from bnaudit import audit
+from bnaudit.audit import CaseFacts, ControlOutcome, Result, Selected, summarize
+from bnaudit.inputs import Inputs
+from bnaudit.scenario import Case, Scenario, load
+
+SCENARIO = """
+name: {name}
+description: Two cases.
+input: {{distribution: normal, mean: [0, 5]}}
+shape: [2, 3, 4]
+"""
+
+
+class Subject:
+    """Answers with the right outputs, changed by `behave`."""
+
+    name = "current"
+
+    def __init__(self, behave: Callable[[str, Case, dict[str, Any]], Any] | None = None) -> None:
+        self.behave = behave or (lambda backend, case, right: None)
+        self.calls: list[tuple[str, str]] = []
+        self.unavailable: dict[str, str] = {}
+
+    def describe(self, backends: Sequence[str]) -> dict[str, str | None]:
+        return {name: self.unavailable.get(name) for name in backends}
+
+    def run(self, backend: str, case: Case, inputs: Inputs) -> Any:
+        self.calls.append((backend, case.id))
+        right = outputs(case, inputs)
+        reply = self.behave(backend, case, right)
+        return reply or replying("done", outputs=right)
+
+
+def replying(outcome: str, **known: Any) -> Any:
+    declared = SimpleNamespace(running_var_correction=1, running_update="ema")
+    return SimpleNamespace(
+        outcome=outcome,
+        **{
+            "reason": None,
+            "detail": None,
+            "outputs": {},
+            "kernel": None,
+            "seconds": 0.0,
+            "declarations": declared,
+            **known,
+        },
+    )
+
+
+def scenarios(folder: Path, *texts: str) -> list[Scenario]:
+    path = folder / "scenarios.yaml"
+    path.write_text("\n---\n".join(texts))
+    return load([str(path)])
+
+
+def run(
+    folder: Path,
+    loaded: list[Scenario],
+    selection: list[Selected],
+    subject: Subject,
+    **options: Any,
+) -> tuple[list[CaseFacts], list[Result], list[ControlOutcome]]:
+    scratch = folder / "scratch"
+    scratch.mkdir(exist_ok=True)
+    events = list(audit.run(loaded, selection, subject, scratch, **options))  # type: ignore[arg-type]
+    assert list(scratch.iterdir()) == []
+
+    def of(kind: type) -> list[Any]:
+        return [event for event in events if isinstance(event, kind)]
+
+    return of(CaseFacts), of(Result), of(ControlOutcome)
+
+
+GATED = [Selected("torch@cpu", gated=True)]
+
+
+def test_every_case_meets_every_backend(tmp_path: Path) -> None:
+    loaded = scenarios(tmp_path, SCENARIO.format(name="a"))
+    selection = [*GATED, Selected("welford@cpu", gated=False)]
+    facts, results, controls = run(tmp_path, loaded, selection, Subject())
+    assert [f.n for f in facts] == [8, 8]
+    assert [(r.case.id, r.backend) for r in results] == [
+        (case.id, backend.name) for case in loaded[0].cases for backend in selection
+    ]
+    assert {r.status for r in results} == {"pass"}
+    assert controls == []
+
+
+def test_identical_cases_of_two_scenarios_run_once_and_are_reported_twice(tmp_path: Path) -> None:
+    loaded = scenarios(tmp_path, SCENARIO.format(name="a"), SCENARIO.format(name="b"))
+    subject = Subject()
+    _, results, _ = run(tmp_path, loaded, GATED, subject)
+    assert len(results) == 4
+    assert len(subject.calls) == 2
+
+
+@pytest.mark.parametrize("outcome", ["crash", "timeout", "unsupported"])
+def test_an_outcome_that_is_no_result_costs_only_its_own_row(tmp_path: Path, outcome: str) -> None:
+    loaded = scenarios(tmp_path, SCENARIO.format(name="a"))
+
+    def behave(backend: str, case: Case, right: dict[str, Any]) -> Any:
+        return replying(outcome, reason="why") if "mean=0" in case.id else None
+
+    _, results, _ = run(tmp_path, loaded, GATED, Subject(behave))
+    assert [(r.status, r.reason) for r in results] == [(outcome, "why"), ("pass", None)]
+
+
+def test_a_breach_of_the_contract_is_a_failure(tmp_path: Path) -> None:
+    loaded = scenarios(tmp_path, SCENARIO.format(name="a"))
+    subject = Subject(lambda backend, case, right: replying("contract", reason="no y"))
+    _, results, _ = run(tmp_path, loaded, GATED, subject)
+    assert {(r.status, r.reason) for r in results} == {("fail", "contract: no y")}
+
+
+def test_controls_run_with_their_scenario_and_answer_for_it(tmp_path: Path) -> None:
+    text = (
+        SCENARIO.format(name="a") + "controls: {must_fail: [one-pass@cpu], must_pass: [exact@cpu]}"
+    )
+    loaded = scenarios(tmp_path, text)
+
+    def behave(backend: str, case: Case, right: dict[str, Any]) -> None:
+        if backend == "one-pass@cpu" and "mean=5" in case.id:
+            right["y"] += np.float32(1)
+
+    _, results, controls = run(tmp_path, loaded, GATED, Subject(behave))
+    assert [r.gated for r in results] == [True, False, False] * 2
+    assert [(c.backend, c.expected, c.ok) for c in controls] == [
+        ("one-pass@cpu", "fail", True),
+        ("exact@cpu", "pass", True),
+    ]
+    _, _, controls = run(tmp_path, loaded, GATED, Subject())
+    assert [c.ok for c in controls] == [False, True]
+
+
+def test_a_crash_is_no_expected_failure(tmp_path: Path) -> None:
+    text = (
+        SCENARIO.format(name="a") + "controls: {must_fail: [one-pass@cpu], must_pass: [exact@cpu]}"
+    )
+
+    def behave(backend: str, case: Case, right: dict[str, Any]) -> Any:
+        return None if backend == "torch@cpu" else replying("crash", reason="died")
+
+    _, _, controls = run(tmp_path, scenarios(tmp_path, text), GATED, Subject(behave))
+    assert [c.ok for c in controls] == [False, False]
+
+
+def test_a_filtered_scenario_proves_nothing_about_its_controls(tmp_path: Path) -> None:
+    text = SCENARIO.format(name="a") + "controls: {must_fail: [one-pass@cpu]}"
+    _, results, controls = run(
+        tmp_path,
+        scenarios(tmp_path, text),
+        GATED,
+        Subject(),
+        matches=lambda case, backend: "mean=5" in case,
+    )
+    assert {r.case.id for r in results} == {"a/mean=5"}
+    assert controls == []
+
+
+def test_stop_early_ends_after_the_first_gated_failure(tmp_path: Path) -> None:
+    def behave(backend: str, case: Case, right: dict[str, Any]) -> None:
+        right["y"] += np.float32(1)
+
+    loaded = scenarios(tmp_path, SCENARIO.format(name="a"))
+    selection = [Selected("welford@cpu", gated=False), *GATED, Selected("exact@cpu", gated=True)]
+    _, results, _ = run(tmp_path, loaded, selection, Subject(behave), stop_early=True)
+    assert [r.backend for r in results] == ["welford@cpu", "torch@cpu"]
+
+
+def test_a_case_that_cannot_be_laid_out_is_unsupported_everywhere(tmp_path: Path) -> None:
+    text = SCENARIO.format(name="a") + "memory_format: channels_last\n"
+    facts, results, _ = run(tmp_path, scenarios(tmp_path, text), GATED, Subject())
+    assert {r.status for r in results} == {"unsupported"}
+    assert all(r.reason for r in results)
+    assert {f.input_sha256 for f in facts} == {None}
+
+
+def result(status: str, *, gated: bool = True, backend: str = "torch@cpu") -> Result:
+    return Result(SimpleNamespace(id="case"), backend, "current", status, gated)  # type: ignore[arg-type]
+
+
+BAD = ControlOutcome("a", "exact@cpu", "pass", "0 of 1 passed", False)
+WANTED = [Selected("torch@cpu", gated=True, required=True)]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "controls", "options", "verdict", "code"),
+    [
+        (["pass", "unsupported"], [], {}, "pass", 0),
+        (["pass", "warn"], [], {}, "warn", 0),
+        (["pass", "warn"], [], {"fail_on": "warn"}, "fail", 1),
+        (["pass", "fail"], [], {}, "fail", 1),
+        (["pass", "fail"], [], {"fail_on": "never"}, "fail", 0),
+        (["fail", "crash"], [], {}, "incomplete", 3),
+        (["pass", "timeout"], [], {"fail_on": "never"}, "incomplete", 3),
+        (["unavailable"], [], {}, "incomplete", 3),
+        (["fail", "crash"], [BAD], {}, "untrusted", 4),
+        (["unsupported"], [], {}, "nothing-gated", 5),
+        ([], [], {}, "nothing-gated", 5),
+        (["pass"], [BAD], {"interrupted": True}, "interrupted", 130),
+    ],
+)
+def test_exit_codes(
+    statuses: list[str],
+    controls: list[ControlOutcome],
+    options: dict[str, Any],
+    verdict: str,
+    code: int,
+) -> None:
+    summary = summarize(3, [result(s) for s in statuses], controls, WANTED, **options)
+    assert (summary.verdict, summary.exit_code) == (verdict, code)
+    assert summary.results == len(statuses)
+
+
+def test_specimens_alone_gate_nothing() -> None:
+    assert summarize(1, [result("fail", gated=False)], [], []).exit_code == 5
+
+
+def test_an_unavailable_backend_nobody_asked_for_is_no_fault() -> None:
+    results = [result("pass"), result("unavailable", backend="torch@cuda")]
+    summary = summarize(1, results, [], [Selected("torch@cpu", gated=True)])
+    assert (summary.exit_code, summary.ran, summary.counts["unavailable"]) == (0, 1, 1)

@@ -7,6 +7,7 @@ import math
 import os
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,7 +21,7 @@ from bnaudit.worker.rounding import round_to, storage
 Array: TypeAlias = npt.NDArray[Any]
 
 ROLES = {"x": 0, "weight": 1, "bias": 2, "running_mean": 3, "running_var": 4, "grad_output": 5}
-"""Tensors in the order in which they are digested, and their number in the Philox key."""
+"""Number of each tensor in the Philox key; they are digested in this order."""
 
 CHUNK = 1 << 16
 """Elements generated at a time: their 4 MiB of random words stay in cache."""
@@ -56,32 +57,80 @@ class Inputs:
 def make(case: Case, folder: Path) -> Inputs:
     """Generates the inputs of a case into .npy files in an existing folder.
 
-    Memory stays at a few chunks per thread beyond the files' own pages. Raises OSError where the folder
-    has no room, and distributions.FileError where a file of values has gone since it was checked.
+    Beyond the pages of those files it needs a few chunks of memory for each thread. Raises OSError where
+    the folder has no room, and distributions.FileError where a file of values is no longer readable.
     """
-    sources = {
-        "x": case.input,
-        "weight": case.affine and case.affine.weight,
-        "bias": case.affine and case.affine.bias,
-        "running_mean": case.running.mean,
-        "running_var": case.running.var,
-        "grad_output": case.grad_output if case.backward else None,
+    batch, per_channel = case.shape, (1, case.channels)
+    plan: dict[str, tuple[Distribution, str, int, tuple[int, ...]]] = {
+        "x": (case.input, case.dtype, case.steps, batch),
+        "running_mean": (case.running.mean, case.parameter_dtype, 1, per_channel),
+        "running_var": (case.running.var, case.parameter_dtype, 1, per_channel),
     }
+    if case.affine is not None:
+        plan["weight"] = (case.affine.weight, case.parameter_dtype, 1, per_channel)
+        plan["bias"] = (case.affine.bias, case.parameter_dtype, 1, per_channel)
+    if case.backward:
+        plan["grad_output"] = (case.grad_output, case.dtype, case.steps, batch)
+
     digest = hashlib.sha256()
-    tensors: dict[str, Array | None] = {}
-    files = {}
+    tensors: dict[str, Array] = {}
+    files: dict[str, str] = {}
     with ThreadPoolExecutor(THREADS) as pool:
         for name, role in ROLES.items():
-            source = sources[name]
-            if source is None:
-                tensors[name] = None
+            if name not in plan:
                 continue
+            source, dtype, steps, shape = plan[name]
             path = folder / f"{name}.npy"
-            files[name] = str(path)
-            if name in ("x", "grad_output"):
-                shape = (case.steps, *case.shape)
-                pages = _generate(source, path, shape, case.dtype, case.seed, role, digest, pool)
-                
-            else:
-                ...
-    return Inputs(**tensors, sha256=digest.hexdigest(), files=files)
+            stored = (case.channels,) if shape is per_channel else (steps, *shape)
+            tensor = _allocate(path, stored, storage(dtype))
+            rows = tensor.reshape(steps, math.prod(shape))
+            _generate(rows, source, shape, dtype, (case.seed, role << 32), pool, digest)
+            tensor.flags.writeable = False
+            tensors[name], files[name] = tensor, str(path)
+    return Inputs(
+        tensors["x"],
+        tensors.get("weight"),
+        tensors.get("bias"),
+        tensors["running_mean"],
+        tensors["running_var"],
+        tensors.get("grad_output"),
+        digest.hexdigest(),
+        files,
+    )
+
+
+def _generate(
+    rows: Array,
+    source: Distribution,
+    shape: tuple[int, ...],
+    dtype: str,
+    key: tuple[int, int],
+    pool: Executor,
+    digest: hashlib._Hash,
+) -> None:
+    """Fills rows (steps, elements) chunk by chunk, digesting each chunk while later ones are made."""
+    steps, size = rows.shape
+
+    def fill(place: tuple[int, int]) -> Array:
+        step, start = place
+        stop = min(start + CHUNK, size)
+        elements = Elements(start, stop, shape, dtype, (key[0], key[1] + step))
+        rows[step, start:stop] = round_to(source.sample(elements), dtype)
+        return rows[step, start:stop]
+
+    for chunk in pool.map(fill, product(range(steps), range(0, size, CHUNK))):
+        digest.update(chunk.astype(chunk.dtype.newbyteorder("<"), copy=False).data)
+
+
+def _allocate(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """A new .npy file, mapped into memory."""
+    if math.prod(shape) == 0:  # nothing to map
+        empty = np.empty(shape, dtype)
+        np.save(path, empty)
+        return empty
+    tensor: Array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        # A full disk is an error here, and a SIGBUS once pages are written.
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return tensor

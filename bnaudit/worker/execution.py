@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 import traceback
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .layout import changed_gap, first_change, lay_out
+from .layout import bits, changed_gap, first_change, lay_out
 from .rounding import round_to, statistics_dtype, storage, widen
 
 if TYPE_CHECKING:
@@ -20,17 +21,9 @@ if TYPE_CHECKING:
 
     Files = Mapping[str, str]
 
-PER_CHANNEL = (
-    "batch_mean",
-    "batch_var",
-    "invstd",
-    "running_mean",
-    "running_var",
-    "grad_weight",
-    "grad_bias",
-)
+IN_FULL = ("y", "grad_input")
+PER_CHANNEL = ("batch_mean", "batch_var", "invstd", "grad_weight", "grad_bias")
 RUNNING = ("running_mean", "running_var")
-GRADIENTS = ("grad_input", "grad_weight", "grad_bias")
 
 MAPPED = 1 << 20
 """Files from this many bytes on are mapped instead of read."""
@@ -137,12 +130,15 @@ class Tensors:
         }
         self._files = files
         self._sources = {name: _load(path, "r") for name, path in files.items()}
+        self.names = frozenset(files)
         self._laid: dict[tuple[str, int], Array] = {}
 
     def get(self, name: str, step: int) -> Array | None:
-        """The tensor at a step counted from 0, private to this process; None where the case has none."""
-        if name not in self._sources:
-            return None
+        """The tensor at a step counted from 0; None where the case has none."""
+        return self.given(name, step) if name in self.names else None
+
+    def given(self, name: str, step: int) -> Array:
+        """The tensor at a step counted from 0, in memory that is private to this process."""
         key = (name, step if self._sources[name].ndim > 1 else 0)
         if key not in self._laid:
             self._laid[key] = self._lay_out(*key)
@@ -169,21 +165,21 @@ class Tensors:
             return widen(stored, dtype)
         return stored.view(self._native[dtype])
 
-    def take_back(self, name: str, value: Any, dtype: str, shape: tuple[int, ...]) -> Array:
-        """A returned tensor of the case as stored; raises NoResult "contract" if it is not one."""
-        array = _array(name, value, shape)
+    def take_back(self, name: str, value: Any) -> Array:
+        """A returned y or grad_input as stored; raises NoResult "contract" if it is no such tensor."""
+        array = _array(name, value, self._sources["x"].shape[1:])
         if self._form == "widened":
             if array.dtype not in (np.float32, np.float64):
                 raise NoResult("contract", "%s is %s, not float32 or float64" % (name, array.dtype))
-            return round_to(array, dtype)
-        if array.dtype != self._native[dtype]:
-            wanted = self._native[dtype].name
+            return round_to(array, self.dtype)
+        if array.dtype != self._native[self.dtype]:
+            wanted = self._native[self.dtype].name
             raise NoResult("contract", "%s is %s, not %s" % (name, array.dtype, wanted))
-        return array.view(storage(dtype))
+        return array.view(storage(self.dtype))
 
-    def take_back_channels(self, name: str, value: Any, channels: int) -> Array:
+    def take_back_channels(self, name: str, value: Any) -> Array:
         """A returned per-channel quantity in float32 or float64; raises NoResult "contract"."""
-        array = _array(name, value, (channels,))
+        array = _array(name, value, self._sources["running_mean"].shape)
         if self._form == "stored" and array.dtype == np.uint16:
             return widen(array, "bfloat16")
         if array.dtype.kind == "f":
@@ -195,13 +191,13 @@ class Tensors:
     def check(self, step: int) -> None:
         """Raises NoResult "contract" if the backend wrote to a tensor that is not its to change."""
         for name in ("x", "weight", "bias", "grad_output"):
-            laid = self.get(name, step)
-            if laid is None:
+            if name not in self.names:
                 continue
+            laid = self.given(name, step)
             source, dtype = self._sources[name], self.param_dtype
             if source.ndim > 1:
                 source, dtype = source[step], self.dtype
-            index = first_change(laid, source, lambda part, dtype=dtype: self.hand_over(part, dtype))
+            index = first_change(laid, source, partial(self.hand_over, dtype=dtype))
             if index is not None:
                 place = "%s[%s]" % (name, ",".join(map(str, index)))
                 was = self.hand_over(source[index], dtype)
@@ -210,7 +206,7 @@ class Tensors:
             if laid.ndim > 1 and self._memory_format == "strided":
                 gap = changed_gap(laid)
                 if gap is not None:
-                    text = "%s: a gap between the elements was written to, %d elements from the first"
+                    text = "%s: a gap was written to, %d places after the first element"
                     raise NoResult("contract", text % (name, gap))
 
 
@@ -226,31 +222,68 @@ def _array(name: str, value: Any, shape: tuple[int, ...]) -> Array:
 def run(implementation: Implementation, case: Mapping[str, Any], tensors: Tensors) -> Execution:
     """Calls the backend once per step, with the running statistics it left; the last step's outputs count.
 
-    Raises NoResult.
+    Running statistics that a training step neither returns nor changes in place are not among the outputs;
+    in inference they always are. Raises NoResult.
     """
     function = implementation.function
     training = case["mode"] == "training"
-    running = {name: tensors.get(name, 0) for name in RUNNING}
-    moved: dict[str, Array] = {}
+    running = {name: tensors.given(name, 0) for name in RUNNING}
+    left: dict[str, Array] = {}
+    returned: dict[Any, Any] = {}
     seconds = 0.0
     for step in range(case["steps"]):
-        given = {name: None if array is None else array.copy() for name, array in running.items()}
-        momentum = case["momentum"]
-        options = {"training": training, "eps": case["eps"]}
+        lent = {name: array.copy() for name, array in running.items()}
+        options = {"training": training, "eps": case["eps"], "momentum": case["momentum"]}
         if getattr(function, "counts_steps", False):
             options["step"] = step + 1
-        elif momentum is None:
-            momentum = 1.0 / (step + 1)
+        elif case["momentum"] is None:
+            options["momentum"] = 1.0 / (step + 1)
         arguments = [tensors.get(name, step) for name in ("x", "weight", "bias")]
-        arguments += [given[name] for name in RUNNING]
-        options.update(momentum=momentum, grad_output=tensors.get("grad_output", step))
+        arguments += [lent[name] for name in RUNNING]
+        options["grad_output"] = tensors.get("grad_output", step)
         start = time.perf_counter()
-        returned = _call(function, arguments, options)
+        value = _call(function, arguments, options)
         seconds += time.perf_counter() - start
         tensors.check(step)
         tensors.forget(step)
-        returned = dict(returned) if isinstance(returned, dict) else {"y": returned}
-    return Execution(outputs, kernel, seconds)
+        returned = value if isinstance(value, dict) else {"y": value}
+        for name in RUNNING:
+            after = returned.get(name)
+            if after is None and (not training or _differ(lent[name], running[name])):
+                after = lent[name]
+            if after is not None:
+                left[name] = tensors.take_back_channels(name, after)
+                running[name] = tensors.hand_over(
+                    round_to(left[name], tensors.param_dtype), tensors.param_dtype
+                )
+    kernel = returned.get("kernel")
+    outputs = {name: (array, array.dtype.name) for name, array in left.items()}
+    outputs.update(_outputs(tensors, returned))
+    return Execution(outputs, printable(kernel) if isinstance(kernel, str) else None, seconds)
+
+
+def _differ(a: Array, b: Array) -> bool:
+    return not np.array_equal(bits(a), bits(b))
+
+
+def _outputs(tensors: Tensors, returned: dict[Any, Any]) -> dict[str, tuple[Array, str]]:
+    """The last step's y, batch statistics and gradients; gradients only where they were asked for."""
+    present = [name for name in (*IN_FULL, *PER_CHANNEL) if returned.get(name) is not None]
+    if "y" not in present:
+        others = ", ".join(present)
+        raise NoResult("contract", "no y was returned" + (", only " + others if others else ""))
+    outputs = {}
+    for name in present:
+        if name.startswith("grad_") and "grad_output" not in tensors.names:
+            continue
+        if name in ("grad_weight", "grad_bias") and "weight" not in tensors.names:
+            continue
+        if name in IN_FULL:
+            outputs[name] = (tensors.take_back(name, returned[name]), tensors.dtype)
+        else:
+            array = tensors.take_back_channels(name, returned[name])
+            outputs[name] = (array, array.dtype.name)
+    return outputs
 
 
 def _call(function: Callable[..., Any], arguments: list[Any], options: dict[str, Any]) -> Any:

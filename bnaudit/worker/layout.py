@@ -6,9 +6,14 @@ second element left out, 3 elements into an allocation whose gaps hold NaN.
 
 from __future__ import annotations
 
-from typing import Callable, Optional, Tuple
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .rounding import Array
 
 OFFSET = 3
 STEP = 2
@@ -16,12 +21,12 @@ BLOCK = 1 << 20
 """Elements compared at a time."""
 
 
-def bits(array: np.ndarray) -> np.ndarray:
+def bits(array: Array) -> Array:
     """The array's bit patterns, as unsigned integers of the same size in the same place."""
     return array.view("u%d" % array.dtype.itemsize)
 
 
-def lay_out(values: np.ndarray, memory_format: str) -> np.ndarray:
+def lay_out(values: Array, memory_format: str) -> Array:
     """A writable copy of `values`, of shape (N, C, *), in the memory format. uint16 is bfloat16's bits."""
     if memory_format == "contiguous":
         return values.copy()
@@ -36,7 +41,7 @@ def lay_out(values: np.ndarray, memory_format: str) -> np.ndarray:
     return laid
 
 
-def changed_gap(laid: np.ndarray) -> Optional[int]:
+def changed_gap(laid: Array) -> int | None:
     """Where in the allocation of a "strided" tensor a gap no longer holds its NaN, or None.
 
     Counted in elements from the tensor's first; negative in front of it.
@@ -55,8 +60,8 @@ def changed_gap(laid: np.ndarray) -> Optional[int]:
 
 
 def first_change(
-    array: np.ndarray, source: np.ndarray, convert: Callable[[np.ndarray], np.ndarray]
-) -> Optional[Tuple[int, ...]]:
+    array: Array, source: Array, convert: Callable[[Array], Array]
+) -> tuple[int, ...] | None:
     """Index of the first element, in C order, whose bits are not those of `convert(source)`, or None."""
     rows = max(1, BLOCK // max(1, source[:1].size))
     for start in range(0, len(source), rows):
@@ -64,5 +69,5 @@ def first_change(
         differs = bits(array[block]) != bits(convert(source[block]))
         if differs.any():
             index = np.unravel_index(int(differs.argmax()), differs.shape)
-            return (start + int(index[0]),) + tuple(int(i) for i in index[1:])
+            return (start + int(index[0]), *map(int, index[1:]))
     return None

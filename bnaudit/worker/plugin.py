@@ -27,10 +27,14 @@ import importlib
 import importlib.util
 import os
 import sys
-from typing import Any, Callable, Tuple
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 
-class Unavailable(Exception):
+class Unavailable(Exception):  # noqa: N818 - an outcome
     """A backend that cannot run here; the message says why."""
 
 
@@ -39,7 +43,7 @@ def is_plugin(backend: str) -> bool:
     return ":" in backend
 
 
-def split(backend: str) -> Tuple[str, str, str]:
+def split(backend: str) -> tuple[str, str, str]:
     """FILE.py or package.module, NAME and device ("cpu" where none is given) of a plug-in's name."""
     target, _, name = backend.rpartition(":")
     name, at, device = name.partition("@")
@@ -62,7 +66,7 @@ def load(backend: str, folder: str) -> Callable[..., Any]:
         try:
             module = importlib.import_module(target)
         except ImportError as error:
-            raise Unavailable("%s cannot be imported: %s" % (target, error))
+            raise Unavailable("%s cannot be imported: %s" % (target, error)) from error
     function = getattr(module, name, None)
     if function is None:
         raise Unavailable("%s has no function named %s" % (target, name))
@@ -70,7 +74,8 @@ def load(backend: str, folder: str) -> Callable[..., Any]:
         raise Unavailable("%s in %s is not a function" % (name, target))
     tensors = getattr(function, "tensors", "numpy")
     if tensors != "numpy":
-        raise Unavailable("%s asks for %r tensors; this version hands out NumPy's" % (name, tensors))
+        text = "%s asks for %r tensors; this version hands out NumPy's"
+        raise Unavailable(text % (name, tensors))
     return function
 
 
@@ -82,11 +87,12 @@ def _load_file(path: str) -> Any:
     if module_name in sys.modules:  # a file called numpy.py must not replace NumPy
         module_name = "bnaudit_plugin_" + module_name
     spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None  # noqa: S101
+    assert spec is not None  # noqa: S101 - the file is there
+    assert spec.loader is not None  # noqa: S101
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
     except ImportError as error:
-        raise Unavailable("%s cannot be imported: %s" % (path, error))
+        raise Unavailable("%s cannot be imported: %s" % (path, error)) from error
     return module

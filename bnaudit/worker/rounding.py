@@ -46,19 +46,20 @@ def round_to(values: Array, dtype: str) -> Array:
             return values.astype(storage(dtype))
         nearby = _round_to_odd(values)
         if dtype == "float16":
-            half = nearby.view(np.float32).astype(np.float16)
-            return np.where(np.isnan(values), np.float16(np.nan), half)
+            rounded: Array = nearby.view(np.float32).astype(np.float16)
+            return rounded
     # Half an ulp less one bit, plus the last kept bit: carries exactly where rounding goes up.
     half_even = np.uint32(0x7FFF) + ((nearby >> np.uint32(16)) & np.uint32(1))
     top = ((nearby + half_even) >> np.uint32(16)).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), top)
+    rounded = np.where(np.isnan(values), np.uint16(0x7FC0), top)  # a NaN could carry over into -0
+    return rounded
 
 
 def widen(array: Array, dtype: str) -> Array:
     """Values stored as `dtype`, exactly: float64 for float64, float32 for every other dtype."""
     if dtype == "bfloat16":
-        bits = np.asarray(array).astype(np.uint32)
-        return np.left_shift(bits, np.uint32(16), out=bits).view(np.float32)
+        widened: Array = (np.asarray(array).astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return widened
     return np.asarray(array).astype(statistics_dtype(dtype), copy=False)
 
 
@@ -70,9 +71,10 @@ def widen64(array: Array, dtype: str) -> Array:
 def _round_to_odd(values: Array) -> npt.NDArray[np.uint32]:
     """Bits of the float32 values: exact ones as they are, of the two neighbours of others the odd one."""
     nearest = values.astype(np.float32)
-    bits = nearest.view(np.uint32)
+    bits: npt.NDArray[np.uint32] = nearest.view(np.uint32)
     if values.dtype == np.float32:
         return bits
     # Magnitudes order like their bits, so one less is the neighbour towards zero.
     bits = bits - (np.abs(nearest) > np.abs(values)).astype(np.uint32)
-    return bits | (nearest != values).astype(np.uint32)
+    bits |= (nearest != values).astype(np.uint32)
+    return bits

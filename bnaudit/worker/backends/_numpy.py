@@ -18,14 +18,11 @@ NumPy alone, except welford_sequential, whose serial division needs Numba.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple
 
 import numpy as np
-
-try:
-    import numba
-except ImportError:
-    numba = None
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -36,7 +33,7 @@ LANE = 64
 
 def unavailable(name: str) -> Optional[str]:
     """Return why the yardstick `name` (without or with @cpu) cannot run here, or None if it can."""
-    if numba is None and name.split("@")[0] == "welford-sequential":
+    if name.split("@")[0] == "welford-sequential" and importlib.util.find_spec("numba") is None:
         return "numba is not installed in this environment (pip install numba)"
     return None
 
@@ -52,13 +49,14 @@ def pairwise(rows: Array) -> Array:
         left = rows[:, :half].copy()
         left[:, : n - half] += rows[:, half:]
         rows, n = left, half
-    return rows.sum(axis=1)  # of one column, or of none
+    return rows[:, 0]
 
 
 def sequential(rows: Array) -> Array:
     """Sum each row from left to right, rounding after every addition."""
     # accumulate stores every partial sum in the rows' dtype, so it can neither reorder nor widen.
-    return np.add.accumulate(rows, axis=1)[:, -1] if rows.shape[1] else rows.sum(axis=1)
+    partial: Array = np.add.accumulate(rows, axis=1)
+    return partial[:, -1]
 
 
 # --- mean and biased variance of rows: (C, n) -> (C,), (C,) -----------------------------------------
@@ -90,7 +88,7 @@ def _shifted(rows: Array) -> Tuple[Array, Array]:
 
 def _welford(rows: Array) -> Tuple[Array, Array]:
     """Deal the elements in turn to ceil(n / LANE) lanes, then merge lane j + half into lane j."""
-    channels, n = rows.shape
+    n = rows.shape[1]
     real = rows.dtype.type
     lanes = -(-n // LANE)
     mean = rows[:, :lanes].copy()
@@ -129,14 +127,23 @@ def _welford_recurrence(rows: Array, mean: Array, m2: Array) -> None:
         mean[c], m2[c] = m, s
 
 
-if numba is not None:
-    _welford_recurrence = numba.njit(cache=True)(_welford_recurrence)
+@functools.lru_cache(maxsize=None)
+def _compiled_recurrence() -> Callable[[Array, Array, Array], None]:
+    """Compile the recurrence on first use (0.2 s), and import Numba only then.
+
+    Not with cache=True: Numba's files name the module they were compiled in, and this one is loaded
+    as bnaudit.worker as well as bnaudit_worker, of which only one may be importable.
+    """
+    import numba
+
+    compiled: Callable[[Array, Array, Array], None] = numba.njit(_welford_recurrence)
+    return compiled
 
 
 def _welford_sequential(rows: Array) -> Tuple[Array, Array]:
     mean = np.zeros(rows.shape[0], rows.dtype)
     m2 = np.zeros_like(mean)
-    _welford_recurrence(rows, mean, m2)
+    _compiled_recurrence()(rows, mean, m2)
     return mean, m2 / rows.dtype.type(rows.shape[1])
 
 
@@ -150,7 +157,8 @@ def channel_rows(x: Array) -> Array:
 
 def from_rows(rows: Array, shape: Tuple[int, ...]) -> Array:
     """Undo `channel_rows`, as a view."""
-    return rows.reshape((shape[1], shape[0]) + shape[2:]).swapaxes(0, 1)
+    channels_first: Array = rows.reshape((shape[1], shape[0], *shape[2:]))
+    return channels_first.swapaxes(0, 1)
 
 
 def update_running(
@@ -216,7 +224,7 @@ class Yardstick:
         training: bool,
         momentum: float,
         eps: float,
-        grad_output: Optional[Array] = None
+        grad_output: Optional[Array] = None,
     ) -> Dict[str, Array]:
         """Normalize x, (N, C, *); everything is computed and returned in the dtype of x.
 

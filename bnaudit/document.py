@@ -1,0 +1,203 @@
+"""YAML text → trees of nodes that know where they stand in the file.
+
+Scalars follow YAML 1.2's core schema, not PyYAML's YAML 1.1: 1e-5 is a number; yes, 010 and 1:30 are
+not what they seem there. Nothing is constructed, so a file can run no code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
+
+import yaml
+
+MAX_NODES = 100_000
+MAX_DEPTH = 30
+
+Scalar: TypeAlias = bool | int | float | str | None
+
+
+class ScenarioError(Exception):
+    """A scenario cannot be used: file:line:column, the field, what was found and what is accepted."""
+
+
+class Place(NamedTuple):
+    """Line and column of a file, counted from 1."""
+
+    line: int
+    column: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """A scalar, a list or a mapping, where it stands, and where its keys stand."""
+
+    value: Scalar | tuple[Node, ...] | dict[str, Node]
+    place: Place
+    keys: dict[str, Place] = field(default_factory=dict)
+
+    def plain(self) -> object:
+        """The same as built-in types, lists as tuples."""
+        if isinstance(self.value, tuple):
+            return tuple(item.plain() for item in self.value)
+        if isinstance(self.value, dict):
+            return {key: item.plain() for key, item in self.value.items()}
+        return self.value
+
+
+def complain(file: str, place: Place, message: str) -> ScenarioError:
+    """The error that says where and what."""
+    return ScenarioError(f"{file}:{place.line}:{place.column}: {message}")
+
+
+def parse(content: bytes, file: str) -> Iterator[Node]:
+    """The documents of a YAML file. Raises ScenarioError, with `file` as the file's name."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = content[: error.start].decode("utf-8-sig")
+        raise complain(
+            file,
+            _place_after(before),
+            f"found the byte 0x{content[error.start]:02x}, which is not UTF-8; "
+            "accepted is YAML in UTF-8",
+        ) from None
+    try:
+        for document in yaml.compose_all(text, _Loader):
+            yield _Reader(file).read(document)
+    except yaml.reader.ReaderError as error:
+        raise complain(
+            file,
+            _place_after(text[: error.position]),
+            f"found the character U+{ord(text[error.position]):04X}; accepted are printable ones",
+        ) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problem = str(error.problem)
+        if r"'\t'" in problem:
+            problem = "found a tab; accepted are spaces for indentation"
+        else:
+            problem = f"not valid YAML: {problem}"
+        place = Place(1, 1) if mark is None else Place(mark.line + 1, mark.column + 1)
+        raise complain(file, place, problem) from None
+    except RecursionError:
+        raise complain(
+            file, Place(1, 1), f"found very deep nesting; accepted are {MAX_DEPTH} levels"
+        ) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Gives every scalar the same tag, so that any other tag was written by hand."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML declares it, and for instances
+
+
+class _Reader:
+    """Turns one composed document into nodes, counting them with all aliases written out."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.count = 0
+
+    def read(self, node: yaml.Node, ancestors: tuple[yaml.Node, ...] = ()) -> Node:
+        place = Place(node.start_mark.line + 1, node.start_mark.column + 1)
+        self.count += 1
+        if self.count > MAX_NODES:
+            raise complain(
+                self.file,
+                place,
+                f"found more than {MAX_NODES} values once aliases are written out; "
+                "accepted are fewer",
+            )
+        if any(node is ancestor for ancestor in ancestors):
+            raise complain(
+                self.file, place, "found an alias to something that contains it; accepted is a tree"
+            )
+        if len(ancestors) == MAX_DEPTH:
+            raise complain(
+                self.file, place, f"found very deep nesting; accepted are {MAX_DEPTH} levels"
+            )
+        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag[18:] not in CORE_TAGS:
+            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+            raise complain(self.file, place, f"found the tag {tag}; accepted are plain values")
+        inside = (*ancestors, node)
+        if isinstance(node, yaml.ScalarNode):
+            return Node(self._scalar(node, place), place)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, place, inside)
+        return Node(tuple(self.read(item, inside) for item in node.value), place)
+
+    def _mapping(self, node: yaml.MappingNode, place: Place, inside: tuple[yaml.Node, ...]) -> Node:
+        items: dict[str, Node] = {}
+        keys: dict[str, Place] = {}
+        for key_node, value_node in node.value:
+            key = self.read(key_node, inside)
+            if not isinstance(key.value, str) or not key.value.isprintable():
+                raise complain(
+                    self.file, key.place, f"found {describe(key)} as a field; accepted are names"
+                )
+            if key.value in items:
+                raise complain(
+                    self.file,
+                    key.place,
+                    f"found the field {key.value} again, after line {keys[key.value].line}; "
+                    "accepted is one",
+                )
+            keys[key.value] = key.place
+            items[key.value] = self.read(value_node, inside)
+        return Node(items, place, keys)
+
+    def _scalar(self, node: yaml.ScalarNode, place: Place) -> Scalar:
+        text = str(node.value)
+        if node.style is not None:  # quoted or a block
+            return text
+        if text in KEYWORDS:
+            return KEYWORDS[text]
+        for pattern, read in NUMBERS:
+            if pattern.fullmatch(text):
+                try:
+                    return read(text)
+                except ValueError:  # Python reads no integer of more than 4300 digits
+                    raise complain(
+                        self.file,
+                        place,
+                        f"found a number of {len(text)} digits; accepted are fewer",
+                    ) from None
+        return text
+
+
+CORE_TAGS = ("str", "seq", "map")
+KEYWORDS: dict[str, Scalar] = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
+NUMBERS = (
+    (re.compile(r"[-+]?[0-9]+"), int),
+    (re.compile(r"0o[0-7]+"), lambda text: int(text, 8)),
+    (re.compile(r"0x[0-9a-fA-F]+"), lambda text: int(text, 16)),
+    (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
+    (re.compile(r"[-+]?\.(inf|Inf|INF)"), lambda text: float(text.replace(".", ""))),
+    (re.compile(r"\.(nan|NaN|NAN)"), lambda text: float("nan")),
+)
+
+
+def describe(node: Node) -> str:
+    """What stands there, in a few words."""
+    value = node.value
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, tuple):
+        return "a list"
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:56]}...{text[-1]}"
+
+
+def _place_after(text: str) -> Place:
+    return Place(text.count("\n") + 1, len(text) - text.rfind("\n"))

@@ -1,0 +1,621 @@
+"""Report → what a person reads on a terminal: rows, findings, controls, the verdict.
+
+Pure functions of the report's records; nothing is printed here. The table's columns are fixed before its
+first row (`Layout`), so that a scenario's rows can be shown as soon as it is complete.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.cells import cell_len
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from bnaudit.report import RAN, CaseRecord, Quantity, Report, ResultRecord
+
+SEVERITY = ("pass", "warn", "fail", "timeout", "crash")
+"""Statuses of results that ran, from best to worst."""
+
+STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "timeout": "magenta"}
+STYLES["crash"] = STYLES["timeout"]
+
+VERDICT_STYLES = {"pass": "bold green", "warn": "bold yellow"}
+
+VERBS = {"pass": ("passes", "pass"), "warn": ("only warns", "only warn")}
+"""What a better sibling of a failing case does: one, several."""
+
+WIDE = 120
+"""Columns of the terminal from which kernel, floor and condition number have room."""
+
+DETAIL_LINES = 6
+"""Lines of a traceback that a finding shows; all of them with -v."""
+
+KEY = "σ: standard deviations of y.  ×bound: 1 = worst a stable algorithm may do."
+
+SPECIMENS_KEY = "Specimens, in (parentheses), are known to deviate somewhere and gate nothing."
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Widths of the table's columns, in terminal cells."""
+
+    scenario: int
+    backend: int
+    worst: int
+    status: int
+    wide: bool
+
+    @classmethod
+    def fit(
+        cls, width: int, scenarios: Iterable[str], backends: Iterable[str], most_cases: int
+    ) -> Layout:
+        """The layout for a terminal of this width, these names, and this many cases in a scenario."""
+        wide = width >= WIDE
+        status = len("(fail /)") + 2 * len(str(most_cases))
+        fixed = 1 + 2 + 2 + 1 + OFF_BY + 1 + BOUND + 2 + status
+        if wide:
+            fixed += 1 + FLOOR + 1 + CONDITION + 2 + KERNEL
+        room = max(width - fixed, 30)
+        scenario = max((cell_len(name) for name in scenarios), default=8)
+        backend = max((cell_len(name) for name in backends), default=7)
+        # The worst case gets what the names leave, but a third at least; the longer name yields first.
+        names = room - max(room // 3, room - scenario - backend)
+        scenario = min(scenario, max(names - backend, names // 2))
+        backend = min(backend, names - scenario)
+        return cls(scenario, backend, room - scenario - backend, status, wide)
+
+
+OFF_BY, BOUND, FLOOR, CONDITION, KERNEL = 9, 6, 7, 9, 14
+
+
+def heading(layout: Layout) -> Text:
+    """The table's first line."""
+    return _line(
+        layout,
+        scenario=Text("scenario"),
+        backend=Text("backend"),
+        worst=Text("worst case"),
+        off_by=Text("off by"),
+        bound=Text("×bound"),
+        status=Text(" status"),
+        floor=Text("floor"),
+        condition=Text("condition"),
+        kernel=Text("kernel"),
+        style="bold",
+    )
+
+
+def rows(
+    layout: Layout,
+    results: Sequence[ResultRecord],
+    cases: Mapping[str, CaseRecord],
+    *,
+    verbose: bool = False,
+) -> list[Text]:
+    """The lines of one scenario: a line per backend that is not green, then one for the green ones.
+
+    Nothing where all are green. verbose: a line per backend, whatever its status.
+    """
+    groups: dict[tuple[str, str], list[ResultRecord]] = {}
+    for result in results:
+        groups.setdefault((result.backend, result.environment), []).append(result)
+    ran: list[list[ResultRecord]] = []
+    absent: list[list[ResultRecord]] = []
+    for group in groups.values():
+        (ran if any(r.status in RAN for r in group) else absent).append(group)
+    green = [group for group in ran if _worst(group).status == "pass"]
+    shown = ran if verbose else [group for group in ran if group not in green]
+    lines = [_row(layout, group, cases) for group in shown]
+    if verbose:
+        lines += [_absent_row(layout, group) for group in absent]
+    elif shown and green:
+        lines.append(_green_row(layout, green))
+    if lines:
+        name = Text(cases[results[0].case].scenario)
+        name.truncate(layout.scenario, overflow="ellipsis")
+        lines[0] = Text.assemble(" ", name, lines[0][1 + len(name) :])
+    return lines
+
+
+def hidden_scenarios(report: Report) -> Text | None:
+    """How many scenarios have no line in the table, because all is well there or because nothing ran."""
+    worst: dict[str, int] = {}
+    scenarios = {case.id: case.scenario for case in report.cases}
+    for result in report.results:
+        severity = SEVERITY.index(result.status) if result.status in RAN else -1
+        name = scenarios[result.case]
+        worst[name] = max(worst.get(name, -1), severity)
+    passing = sum(severity == 0 for severity in worst.values())
+    silent = sum(severity < 0 for severity in worst.values())
+    parts = []
+    if passing:
+        parts.append(f"{_count(passing, 'scenario')} {'passes' if passing == 1 else 'pass'}")
+    if silent:
+        parts.append(f"{_count(silent, 'scenario')} ran on no backend")
+    if not parts:
+        return None
+    return Text(f" {' and '.join(parts)} (-v lists {'it' if passing + silent == 1 else 'them'})")
+
+
+def findings(report: Report, *, verbose: bool = False) -> list[RenderableType]:
+    """The numbered findings: gated ones in full, of each specimen the first (all of them when verbose)."""
+    context = _Context(report)
+    clusters: dict[int, list[ResultRecord]] = {}
+    for result in report.results:
+        if result.finding is not None:
+            clusters.setdefault(result.finding, []).append(result)
+    lines: list[RenderableType] = []
+    specimens: dict[str, list[ResultRecord]] = {}
+    for _, cluster in sorted(clusters.items()):
+        worst = _worst(cluster)
+        if worst.gated or verbose:
+            lines.append(_finding(worst, len(cluster), context, verbose))
+        else:
+            specimens.setdefault(worst.backend, []).append(worst)
+    lines += [_specimen(worsts, context) for worsts in specimens.values()]
+    return lines
+
+
+def controls(report: Report) -> Text:
+    """How many controls behaved, and each that did not."""
+    if not report.controls:
+        return Text("no control ran")
+    behaved = sum(control.ok for control in report.controls)
+    text = Text(f"controls {behaved}/{len(report.controls)} as expected")
+    for control in report.controls:
+        if not control.ok:
+            text.append(
+                f"\ncontrol {control.backend} must {control.expected} in {control.scenario}: "
+                f"{control.observed}",
+                style="bold red",
+            )
+    return text
+
+
+def counts(report: Report) -> Text:
+    """The line "398 of 424 ran: …", with the reason for what was unavailable."""
+    summary = report.summary
+    numbers = {
+        "pass": summary.passed,
+        "warn": summary.warn,
+        "fail": summary.fail,
+        "crash": summary.crash,
+        "timeout": summary.timeout,
+    }
+    parts = [f"{number} {status}" for status, number in numbers.items() if number]
+    specimens = sum(r.status == "fail" and not r.gated for r in report.results)
+    if specimens:
+        whose = "all" if specimens == summary.fail else f"{specimens} of them"
+        failed = f"{summary.fail} fail"
+        parts[parts.index(failed)] = f"{failed} ({whose} specimens)"
+    text = f"{summary.ran} of {summary.results} ran"
+    if parts:
+        text += f": {', '.join(parts)}"
+    if summary.unsupported:
+        text += f"; {summary.unsupported} unsupported"
+    if summary.unavailable:
+        text += f"; {summary.unavailable} unavailable ({_absences(report.results)})"
+    return Text(text)
+
+
+def verdict(report: Report) -> Text:
+    """The last word: "FAIL (exit 1)"."""
+    failed = any(r.gated and r.status == "fail" for r in report.results)
+    number = f"exit {report.exit_code}"
+    reason = ""
+    if report.verdict == "fail" and report.exit_code == 0:
+        number += ": --fail-on never"
+    elif report.verdict == "fail" and not failed:
+        number += ": --fail-on warn"
+    elif report.verdict == "incomplete":
+        reason = ": " + _incomplete(report)
+    elif report.verdict == "untrusted":
+        reason = ": a control did not behave, so nothing here can be trusted"
+    elif report.verdict == "nothing-gated":
+        reason = ": only specimens ran" if report.summary.ran else ": nothing ran"
+    elif report.verdict == "interrupted":
+        reason = ": this is what was measured until then"
+    text = Text(
+        f"{report.verdict.upper()} ({number})", VERDICT_STYLES.get(report.verdict, "bold red")
+    )
+    return text.append(reason, style="not bold")
+
+
+def closing(report: Report, *, verbose: bool = False) -> Iterator[RenderableType]:
+    """All that follows the table, each part a renderable."""
+    hidden = hidden_scenarios(report)
+    if hidden is not None and not verbose:
+        yield hidden
+    for finding in findings(report, verbose=verbose):
+        yield Text()
+        yield finding
+    yield Text()
+    yield controls(report)
+    yield counts(report)
+    yield verdict(report)
+    yield Text(KEY, style="dim")
+
+
+# --- rows ------------------------------------------------------------------------------------------
+
+
+def _row(layout: Layout, group: Sequence[ResultRecord], cases: Mapping[str, CaseRecord]) -> Text:
+    worst = _worst(group)
+    case = cases[worst.case]
+    ran = sum(r.status in RAN for r in group)
+    same = sum(r.status == worst.status for r in group)
+    word = (
+        worst.status.upper()
+        if worst.gated and worst.status not in ("pass", "warn")
+        else worst.status
+    )
+    name, quantity = _worst_quantity(worst)
+    prefix = "" if name in ("y", "") else f"{name} "
+    style = STYLES[worst.status]
+    return _line(
+        layout,
+        backend=Text(_shorten(worst.backend, layout.backend)),
+        worst=Text(prefix + _brief(case, layout.worst - len(prefix))),
+        off_by=Text(_off_by(name, quantity)),
+        bound=Text(_bound(quantity)),
+        status=_status(layout, f"{word} {same}/{ran}", worst.gated, style),
+        floor=Text(_number(None if quantity is None else quantity.floor, 2)),
+        condition=Text(_number(case.condition_number, 2)),
+        kernel=Text(worst.kernel or "-"),
+        style="" if worst.gated else "dim",
+    )
+
+
+def _green_row(layout: Layout, groups: Sequence[Sequence[ResultRecord]]) -> Text:
+    sigmas, ratios = [], []
+    for result in (r for group in groups for r in group if r.status == "pass"):
+        for name, quantity in result.quantities.items():
+            if name == "y" and quantity.max_sigma_error is not None:
+                sigmas.append(quantity.max_sigma_error)
+            if quantity.bound_ratio is not None:
+                ratios.append(quantity.bound_ratio)
+    names = ", ".join(group[0].backend for group in groups)
+    return _line(
+        layout,
+        span=Text(names),
+        off_by=Text(f"{_number(max(sigmas), 3)} σ" if sigmas else "-"),
+        bound=Text(_number(max(ratios, default=None), 2)),
+        status=_status(layout, "pass", True, STYLES["pass"]),
+        style="",
+    )
+
+
+def _absent_row(layout: Layout, group: Sequence[ResultRecord]) -> Text:
+    first = group[0]
+    return _line(
+        layout,
+        backend=Text(_shorten(first.backend, layout.backend)),
+        rest=Text(f"{first.status}: {first.reason or 'no reason given'}"),
+        style="dim",
+    )
+
+
+def _status(layout: Layout, text: str, gates: bool, style: str) -> Text:
+    text = f" {text}" if gates else f"({text})"
+    if len(text) > layout.status:  # a long word with many cases: the word alone
+        word = text.strip(" ()").partition(" ")[0]
+        text = f" {word}" if gates else f"({word})"
+    return Text(text, style)
+
+
+def _line(
+    layout: Layout,
+    *,
+    scenario: Text | None = None,
+    backend: Text | None = None,
+    worst: Text | None = None,
+    span: Text | None = None,
+    rest: Text | None = None,
+    off_by: Text | None = None,
+    bound: Text | None = None,
+    status: Text | None = None,
+    floor: Text | None = None,
+    condition: Text | None = None,
+    kernel: Text | None = None,
+    style: str,
+) -> Text:
+    """One line of the table. span: takes the columns backend and worst; rest: all after backend."""
+    both = layout.backend + 2 + layout.worst
+    after = layout.worst + 1 + OFF_BY + 1 + BOUND + 2 + layout.status
+    cells: list[str | Text] = [" ", _cell(scenario, layout.scenario), "  "]
+    if span is not None:
+        cells.append(_cell(span, both))
+    else:
+        cells += [_cell(backend, layout.backend), "  "]
+        cells.append(_cell(worst, layout.worst) if rest is None else _cell(rest, after))
+    if rest is None:
+        cells += [" ", _cell(off_by, OFF_BY, right=True), " ", _cell(bound, BOUND, right=True)]
+        if layout.wide:
+            cells += [" ", _cell(floor, FLOOR, right=True)]
+            cells += [" ", _cell(condition, CONDITION, right=True)]
+        cells += [" ", _cell(status, layout.status + 1)]
+        if layout.wide:
+            cells += ["  ", _cell(kernel, KERNEL)]
+    line = Text.assemble(*cells, style=style, no_wrap=True)
+    line.rstrip()
+    return line
+
+
+def _cell(text: Text | None, width: int, *, right: bool = False) -> Text:
+    cell = Text() if text is None else text.copy()
+    cell.truncate(width, overflow="ellipsis")
+    cell.align("right" if right else "left", width)
+    return cell
+
+
+def _shorten(name: str, width: int) -> str:
+    """A name that keeps its telling end: the device, or a plug-in's function."""
+    if len(name) <= width:
+        return name
+    tail = name[-(width - 1) :] if ":" in name else name[name.rfind("@") :]
+    return name[: max(width - 1 - len(tail), 0)] + "…" + tail
+
+
+# --- findings --------------------------------------------------------------------------------------
+
+
+class _Context:
+    """What a finding is compared with: the same case in other memory formats and on other backends."""
+
+    def __init__(self, report: Report) -> None:
+        self.cases = {case.id: case for case in report.cases}
+        self._results = {(r.case, r.backend, r.environment): r for r in report.results}
+        self._twins: dict[tuple[object, ...], list[CaseRecord]] = {}
+        for case in report.cases:
+            self._twins.setdefault(self._twin_key(case), []).append(case)
+        self._specimens = {r.backend: r.environment for r in report.results if not r.gated}
+
+    def _twin_key(self, case: CaseRecord) -> tuple[object, ...]:
+        axes = _axes(case)
+        axes.pop("memory_format", None)
+        return (case.scenario, *axes.items())
+
+    def comparisons(self, result: ResultRecord) -> list[str]:
+        """Such as "contiguous only warns" and "exact@cpu passes"; only where others do better."""
+        case = self.cases[result.case]
+        texts = []
+        formats: dict[str, list[str]] = {}
+        for twin in self._twins[self._twin_key(case)]:
+            other = self._results.get((twin.id, result.backend, result.environment))
+            if other is not None and other.status in VERBS:
+                formats.setdefault(other.status, []).append(twin.memory_format)
+        for status, names in formats.items():
+            texts.append(f"{_list(names)} {VERBS[status][len(names) > 1]}")
+        passing = [
+            backend
+            for backend, environment in self._specimens.items()
+            if (other := self._results.get((case.id, backend, environment))) is not None
+            and other.status == "pass"
+        ]
+        if passing:
+            texts.append(f"{_list(passing[:3])} {VERBS['pass'][len(passing[:3]) > 1]}")
+        return texts
+
+
+def _finding(worst: ResultRecord, size: int, context: _Context, verbose: bool) -> RenderableType:
+    case = context.cases[worst.case]
+    word = worst.status.upper() if worst.gated else f"({worst.status})"
+    style = STYLES[worst.status] if worst.gated else "dim"
+    body = [
+        Text.assemble((word, style), f" {worst.backend} {case.scenario} {_label(case)}".rstrip()),
+        *_evidence(worst),
+    ]
+    last = []
+    if worst.cause is not None:
+        last.append(f"cause {worst.cause}")
+    last += context.comparisons(worst)
+    if size > 1:
+        last.append(f"the worst of {size} cases")
+    if verbose and worst.kernel is not None:
+        last.append(f"kernel {worst.kernel}")
+    if last:
+        body.append(Text(" · ".join(last)))
+    if worst.detail:
+        lines = worst.detail.rstrip().splitlines()
+        shown = lines if verbose else lines[-DETAIL_LINES:]
+        body += [Text(line.expandtabs(4), style="dim", overflow="fold") for line in shown]
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row(Text(f"[{worst.finding}]", style="bold"), Group(*body))
+    return grid
+
+
+def _evidence(result: ResultRecord) -> Iterator[Text]:
+    name, quantity = _worst_quantity(result)
+    reason = result.reason or ""
+    if quantity is None or quantity.worst is None:
+        if reason:
+            yield Text(reason)
+        return
+    value, right = _apart(quantity.worst.value, quantity.worst.reference)
+    index = ",".join(str(i) for i in quantity.worst.index)
+    text = f"{name}[{index}] = {value}, should be {right}"
+    if quantity.reason:
+        text += f"; {quantity.reason}"
+    yield Text(text)
+    others = [
+        f"{other} {_off_by(other, found)}"
+        for other, found in result.quantities.items()
+        if other != name and found.status == "fail"
+    ]
+    if others:
+        yield Text(f"also off: {', '.join(others)}")
+
+
+def _specimen(worsts: Sequence[ResultRecord], context: _Context) -> RenderableType:
+    first = worsts[0]
+    case = context.cases[first.case]
+    text = f"[{first.finding}] ({first.status}) {first.backend} {case.scenario} {_label(case)}"
+    evidence = next(_evidence(first), None)
+    if evidence is not None:
+        text += f": {evidence.plain.partition(';')[0]}"
+    if len(worsts) > 1:
+        text += f" (and {_count(len(worsts) - 1, 'more finding')}, -v)"
+    return Text(text, style="dim")
+
+
+def _apart(value: float, reference: float) -> tuple[str, str]:
+    """Both numbers with as many digits as it takes to tell them apart, three at least."""
+    for digits in (3, 6, 9, 17):
+        texts = _number(value, digits), _number(reference, digits)
+        if texts[0] != texts[1]:
+            break
+    return texts
+
+
+# --- numbers and names -----------------------------------------------------------------------------
+
+
+def _worst(results: Iterable[ResultRecord]) -> ResultRecord:
+    """The worst of the results that ran: by status, then by y, in standard deviations, then by bound."""
+
+    def severity(result: ResultRecord) -> tuple[float, ...]:
+        name, quantity = _worst_quantity(result)
+        if quantity is None:
+            return (SEVERITY.index(result.status), 0, 0, 0)
+        sigma = math.inf if quantity.nonfinite else quantity.max_sigma_error
+        return (
+            SEVERITY.index(result.status),
+            name == "y",
+            _comparable(sigma),
+            _comparable(quantity.bound_ratio),
+        )
+
+    return max((r for r in results if r.status in RAN), key=severity)
+
+
+def _worst_quantity(result: ResultRecord) -> tuple[str, Quantity | None]:
+    """The quantity that decides a result's status: y if it is one of those, else the farthest off."""
+    if not result.quantities:
+        return "", None
+    return max(
+        result.quantities.items(),
+        key=lambda item: (
+            SEVERITY.index(item[1].status),
+            item[0] == "y",
+            _comparable(item[1].bound_ratio),
+        ),
+    )
+
+
+def _comparable(value: float | None) -> float:
+    if value is None:
+        return 0.0
+    return math.inf if math.isnan(value) else value
+
+
+def _off_by(name: str, quantity: Quantity | None) -> str:
+    """How far off: y in standard deviations, a per-channel quantity in ulp, grad_input as it is."""
+    if quantity is None:
+        return "-"
+    if quantity.nonfinite and quantity.worst is not None:
+        return _number(quantity.worst.value, 2)
+    if name == "y" and quantity.max_sigma_error is not None:
+        return f"{_number(quantity.max_sigma_error, 3)} σ"
+    if name not in ("y", "grad_input") and quantity.max_ulp_error is not None:
+        return f"{_number(quantity.max_ulp_error, 2)} ulp"
+    return _number(quantity.max_abs_error, 3)
+
+
+def _bound(quantity: Quantity | None) -> str:
+    return _number(None if quantity is None else quantity.bound_ratio, 2)
+
+
+def _number(value: float | None, digits: int) -> str:
+    """Such as 0.467, 5.5e-5, 7.1e3, nan; "-" for what does not apply."""
+    if value is None:
+        return "-"
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    text = f"{value:.{digits}g}" if abs(value) >= 1e-3 else f"{value:.{digits - 1}e}"
+    mantissa, e, exponent = text.partition("e")
+    if not e:
+        return text
+    if "." in mantissa:
+        mantissa = mantissa.rstrip("0").rstrip(".")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _axes(case: CaseRecord) -> dict[str, str]:
+    """The axes in a case's id: "value=3.3,input=normal(mean=1, std=2)" has two."""
+    axes: dict[str, str] = {}
+    depth, part = 0, ""
+    for character in case.id[len(case.scenario) + 1 :] + ",":
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth <= 0:
+            name, _, value = part.partition("=")
+            if name:
+                axes[name] = value
+            part = ""
+        else:
+            part += character
+    return axes
+
+
+def _parts(case: CaseRecord, *, named: bool) -> list[str]:
+    """A case in words: its own axes, then memory format, dtype and shape, the usual ones left out."""
+    axes = _axes(case)
+    own = [name for name in axes if name not in ("memory_format", "dtype", "shape")]
+    words = []
+    for name in own:
+        if axes[name] in ("true", "false"):
+            words.append(name if axes[name] == "true" else f"no {name}")
+        else:
+            words.append(f"{name}={axes[name]}" if named or len(own) > 1 else axes[name])
+    if case.memory_format != "contiguous" or "memory_format" in axes:
+        words.append(case.memory_format)
+    if case.dtype != "float32" or "dtype" in axes:
+        words.append(case.dtype)
+    return [*words, "x".join(str(size) for size in case.shape)]
+
+
+def _label(case: CaseRecord) -> str:
+    return " ".join(_parts(case, named=True))
+
+
+def _brief(case: CaseRecord, width: int) -> str:
+    """As many parts of the case as fit, the telling ones first."""
+    text = ""
+    for part in _parts(case, named=False):
+        longer = f"{text} {part}".lstrip()
+        if len(longer) <= width or not text:
+            text = longer
+    return text
+
+
+def _absences(results: Sequence[ResultRecord]) -> str:
+    backends: dict[str, list[str]] = {}
+    for result in results:
+        if result.status == "unavailable":
+            names = backends.setdefault(result.reason or "no reason given", [])
+            if result.backend not in names:
+                names.append(result.backend)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in backends.items())
+
+
+def _incomplete(report: Report) -> str:
+    gated = [r for r in report.results if r.gated]
+    died = Counter(r.backend for r in gated if r.status in ("crash", "timeout"))
+    if died:
+        return ", ".join(f"{name} died in {_count(n, 'case')}" for name, n in died.items())
+    missing = dict.fromkeys(r.backend for r in report.results if r.status == "unavailable")
+    return f"asked for and unavailable: {', '.join(missing)}"
+
+
+def _list(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,535 @@
+"""The JSON report, version 1: what was run, what came of it, and the verdict, complete at any moment.
+
+`Writer` keeps the file valid while the audit runs, `load` reads one back, `json_schema` describes it.
+JSON has no NaN and no infinity: such numbers are the strings "nan", "inf" and "-inf".
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import math
+import os
+import shlex
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+)
+
+from bnaudit import __version__
+
+if TYPE_CHECKING:
+    from bnaudit.audit import CaseFacts, ControlOutcome, Result
+    from bnaudit.verdict import Judged
+
+SCHEMA_VERSION = 1
+
+RAN = ("pass", "warn", "fail", "crash", "timeout")
+"""Statuses of results whose backend was called; the others say why it was not."""
+
+CHEAP = 0.002
+"""Seconds up to which a save is cheap enough (to about a thousand results) to follow every result."""
+
+PACE = 20
+"""Pause between two dearer saves, in durations of a save: they take a twentieth of the time at most."""
+
+Status = Literal["pass", "warn", "fail", "crash", "timeout", "unsupported", "unavailable"]
+Verdict = Literal["pass", "warn", "fail", "incomplete", "untrusted", "nothing-gated", "interrupted"]
+Label = Literal["exact", "stable", "degraded", "broken"]
+
+
+class ReportError(Exception):
+    """The report cannot be written or read; the message is one sentence that says why."""
+
+
+def _parse_number(value: object) -> object:
+    if isinstance(value, str) and value not in ("nan", "inf", "-inf"):
+        raise ValueError('a number, "nan", "inf" or "-inf" is accepted')
+    return value
+
+
+def _plain_number(value: float) -> float | str:
+    return value if math.isfinite(value) else repr(value)
+
+
+def _encodable(value: object) -> object:
+    # Paths and a backend's stderr may hold bytes that are not UTF-8, which Python keeps as surrogates.
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
+Number = Annotated[
+    float,
+    BeforeValidator(_parse_number),
+    PlainSerializer(_plain_number),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["nan", "inf", "-inf"]}]}),
+]
+ForeignText = Annotated[str, BeforeValidator(_encodable)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, populate_by_name=True)
+
+    def to_json(self) -> bytes:
+        """The record as JSON on one line."""
+        return self.model_dump_json(by_alias=True).encode()
+
+
+class Cpu(_Record):
+    """The processor: its model name, and the widest instruction sets that matter to a BatchNorm."""
+
+    model: ForeignText | None = None
+    isa: str | None = None
+
+
+class Device(_Record):
+    """One accelerator and its software."""
+
+    name: ForeignText
+    driver: str | None = None
+    cuda: str | None = None
+    cudnn: str | None = None
+
+
+class Environment(_Record):
+    """Where backends ran: an interpreter, its packages, and the machine. More keys may follow."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    python: str
+    platform: str
+    cpu: Cpu
+    blas: ForeignText | None
+    threads: int
+    packages: dict[str, str | None]
+    devices: list[Device]
+    flags: dict[str, Any]
+
+
+class CaseRecord(_Record):
+    """A case with its parameters resolved, and what is known of its input.
+
+    input_sha256 and condition_number are null where the inputs were not made.
+    """
+
+    id: str
+    scenario: str
+    file: ForeignText
+    line: int
+    shape: list[int]
+    dtype: Literal["float16", "bfloat16", "float32", "float64"]
+    mode: Literal["training", "inference"]
+    backward: bool
+    memory_format: Literal["contiguous", "channels_last", "strided"]
+    eps: Number
+    momentum: Number | None
+    steps: int
+    input: dict[str, Any]
+    seed: int
+    key: str
+    input_sha256: str | None
+    n: int
+    condition_number: Number | None
+
+
+class WorstElement(_Record):
+    """The element with the largest bound_ratio; *_hex are Python's `float.hex()`."""
+
+    index: list[int]
+    value: Number
+    value_hex: str
+    reference: Number
+    reference_hex: str
+
+
+class Quantity(_Record):
+    """One returned quantity against the reference. max_sigma_error: |error| / |weight|, of y only."""
+
+    status: Status
+    label: Label | None
+    max_abs_error: Number | None
+    max_sigma_error: Number | None
+    max_ulp_error: Number | None
+    bound_ratio: Number | None
+    tight_ratio: Number | None
+    floor: Number | None
+    nonfinite: int
+    worst: WorstElement | None
+    reason: str | None
+
+
+class ResultRecord(_Record):
+    """One case on one backend. detail: the traceback, or a dead worker's last words."""
+
+    case: str
+    backend: ForeignText
+    environment: str
+    status: Status
+    label: Label | None
+    reason: ForeignText | None
+    cause: str | None
+    finding: int | None
+    gated: bool
+    kernel: ForeignText | None
+    seconds: Number | None
+    detail: ForeignText | None
+    quantities: dict[str, Quantity]
+
+
+class ControlRecord(_Record):
+    """Whether a backend did in a scenario what it is known to do there."""
+
+    scenario: str
+    backend: str
+    expected: Literal["fail", "pass"]
+    observed: str
+    ok: bool
+
+
+class Summary(_Record):
+    """Counts over all results. ran: those whose backend was called."""
+
+    cases: int
+    results: int
+    ran: int
+    passed: int = Field(alias="pass")
+    warn: int
+    fail: int
+    crash: int
+    timeout: int
+    unsupported: int
+    unavailable: int
+
+
+class Report(BaseModel):
+    """A bnaudit report. See README.md for what the fields say."""
+
+    model_config = ConfigDict(frozen=True, title="bnaudit report, version 1")
+
+    schema_version: Literal[1]
+    bnaudit_version: str
+    started: str
+    duration_seconds: Number
+    command: ForeignText
+    environments: list[Environment]
+    cases: list[CaseRecord]
+    results: list[ResultRecord]
+    controls: list[ControlRecord]
+    summary: Summary
+    verdict: Verdict
+    exit_code: Literal[0, 1, 3, 4, 5, 130]
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a report."""
+    schema = Report.model_json_schema(by_alias=True, mode="serialization")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def load(path: Path) -> Report:
+    """Reads a saved report. Raises ReportError where it is none, or is of another version."""
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ReportError(f"cannot read the report {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ReportError(f"{path} is not JSON: {error}") from error
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if version is None:
+        raise ReportError(f"{path} is not a bnaudit report: it has no schema_version")
+    if version != SCHEMA_VERSION:
+        raise ReportError(
+            f"{path} is a report of version {version}; this bnaudit reads version {SCHEMA_VERSION}"
+        )
+    try:
+        return Report.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ReportError(f"{path} is not a valid report: {field}: {first['msg']}") from error
+
+
+def number_findings(
+    results: Sequence[ResultRecord], cases: Mapping[str, CaseRecord]
+) -> list[int | None]:
+    """The finding of each result, from 1; None for those that did not fail, crash or time out.
+
+    Results of one scenario, backend, memory format, status and cause are one finding. Gated findings
+    come first, each kind in the order in which the results came.
+    """
+    clusters: dict[tuple[object, ...], list[int]] = {}
+    for position, result in enumerate(results):
+        if result.status in ("fail", "crash", "timeout"):
+            case = cases[result.case]
+            cluster = (
+                not result.gated,
+                case.scenario,
+                result.backend,
+                result.environment,
+                case.memory_format,
+                result.status,
+                result.cause,
+            )
+            clusters.setdefault(cluster, []).append(position)
+    numbers: list[int | None] = [None] * len(results)
+    gated_first = sorted(clusters, key=lambda cluster: bool(cluster[0]))
+    for number, members in enumerate(gated_first, 1):
+        for position in clusters[members]:
+            numbers[position] = number
+    return numbers
+
+
+class Writer:
+    """A report that grows with the audit.
+
+    What was added is in the file when the method that adds it returns; in a large report (see CHEAP)
+    PACE durations of a save later, 0.2 s at 4000 results, or when `save` returns. The file is replaced
+    as a whole, so it is a valid report at any moment, also after SIGKILL; until `finish` its verdict is
+    "interrupted". Every method raises ReportError where the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        command: Sequence[str],
+    ) -> None:
+        """Writes a report without results. path: None for a report that is only kept in memory."""
+        self.environments: list[Environment] = []
+        self.cases: dict[str, CaseRecord] = {}
+        self.results: list[ResultRecord] = []
+        self.controls: list[ControlRecord] = []
+        self._path = None if path is None else Path(os.path.realpath(path))
+        self._command = shlex.join(command)
+        # Every record is serialized once: a save only writes these.
+        self._json = {
+            name: bytearray() for name in ("environments", "cases", "results", "controls")
+        }
+        self._started = datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds")
+        self._clock = time.monotonic()
+        self._duration: float | None = None
+        self._counts: Counter[str] = Counter()
+        self._verdict: Verdict = "interrupted"
+        self._exit_code = 130
+        self._lock = threading.RLock()
+        self._timer: threading.Timer | None = None
+        self._not_before = 0.0
+        self._error: OSError | None = None
+        if self._path is not None:
+            _prepare(self._path)
+        self.save()
+
+    def add_environment(self, found: Mapping[str, Any]) -> Environment:
+        """Adds an environment in which backends run."""
+        record = Environment.model_validate(found)
+        with self._lock:
+            self.environments.append(record)
+            self._add("environments", record)
+        return record
+
+    def add_case(self, facts: CaseFacts) -> CaseRecord:
+        """Adds a case; its results follow."""
+        record = _case_record(facts)
+        with self._lock:
+            self.cases[record.id] = record
+            self._add("cases", record)
+        return record
+
+    def add_result(self, result: Result) -> ResultRecord:
+        """Adds the result of one case on one backend."""
+        record = _result_record(result)
+        with self._lock:
+            self.results.append(record)
+            self._counts[record.status] += 1
+            self._add("results", record)
+        return record
+
+    def add_control(self, outcome: ControlOutcome) -> ControlRecord:
+        """Adds what came of a control."""
+        record = ControlRecord.model_validate(outcome, from_attributes=True)
+        with self._lock:
+            self.controls.append(record)
+            self._add("controls", record)
+        return record
+
+    def save(self) -> None:
+        """Writes all that was added so far."""
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            self._write()
+            self._check()
+
+    def finish(self, verdict: Verdict, exit_code: int) -> Report:
+        """Numbers the findings, writes the final report and returns it."""
+        with self._lock:
+            numbers = number_findings(self.results, self.cases)
+            self._json["results"].clear()
+            for position, number in enumerate(numbers):
+                record = self.results[position].model_copy(update={"finding": number})
+                self.results[position] = record
+                _append(self._json["results"], record)
+            self._verdict, self._exit_code = verdict, exit_code
+            self._duration = self._seconds()
+            self.save()
+            return Report.model_validate(
+                {
+                    **self._head(),
+                    "environments": self.environments,
+                    "cases": list(self.cases.values()),
+                    "results": self.results,
+                    "controls": self.controls,
+                    **self._tail(),
+                }
+            )
+
+    def text(self) -> bytes:
+        """The report as it stands, one record per line."""
+        with self._lock:
+            return b"".join(self._pieces())
+
+    def _add(self, section: str, record: _Record) -> None:
+        self._check()
+        _append(self._json[section], record)
+        if self._timer is None:
+            wait = self._not_before - time.monotonic()
+            if wait <= 0:
+                self.save()
+            else:
+                self._timer = threading.Timer(wait, self._save_late)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def _save_late(self) -> None:
+        with self._lock:
+            if self._timer is threading.current_thread():  # otherwise saved meanwhile
+                self._timer = None
+                self._write()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise ReportError(
+                f"cannot write the report {self._path}: {self._error.strerror}"
+            ) from self._error
+
+    def _write(self) -> None:
+        path = self._path
+        if path is None:
+            return
+        start = time.monotonic()
+        try:
+            if path.exists() and not path.is_file():  # /dev/null, a pipe: not to be replaced
+                if self._duration is not None:
+                    path.write_bytes(self.text())
+            else:
+                partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+                with partial.open("wb") as file:
+                    file.writelines(self._pieces())
+                partial.replace(path)
+        except OSError as error:
+            self._error = error
+        end = time.monotonic()
+        self._not_before = end + PACE * (end - start) if end - start > CHEAP else end
+
+    def _pieces(self) -> Iterator[bytes | bytearray]:
+        yield json.dumps(self._head(), ensure_ascii=False)[:-1].encode()
+        for name, records in self._json.items():
+            yield f',\n"{name}":['.encode()
+            yield records
+            yield b"\n]" if records else b"]"
+        yield b",\n" + json.dumps(self._tail())[1:].encode() + b"\n"
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "bnaudit_version": __version__,
+            "started": self._started,
+            "duration_seconds": self._seconds() if self._duration is None else self._duration,
+            "command": _encodable(self._command),
+        }
+
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self._clock, 3)
+
+    def _tail(self) -> dict[str, Any]:
+        counts = {status: self._counts[status] for status in get_args(Status)}
+        summary = {
+            "cases": len(self.cases),
+            "results": len(self.results),
+            "ran": sum(counts[status] for status in RAN),
+            **counts,
+        }
+        return {"summary": summary, "verdict": self._verdict, "exit_code": self._exit_code}
+
+
+def _append(records: bytearray, record: _Record) -> None:
+    records += (b",\n" if records else b"\n") + record.to_json()
+
+
+def _prepare(path: Path) -> None:
+    """Makes the folder of the report, and removes what a killed run left half written there."""
+    if path.is_dir():
+        raise ReportError(f"cannot write the report {path}: it is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for partial in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise ReportError(
+            f"cannot write the report {path}: {error.strerror} ({error.filename})"
+        ) from error
+
+
+def _case_record(facts: CaseFacts) -> CaseRecord:
+    fields = facts.case.model_dump()
+    made = facts.input_sha256 is not None
+    return CaseRecord.model_validate(
+        {
+            **fields,
+            "input": _plain(fields["input"]),
+            "input_sha256": facts.input_sha256,
+            "key": facts.case.key,
+            "n": facts.n,
+            "condition_number": facts.condition_number if made else None,
+        }
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A distribution's fields as JSON has them: numbers that it does not know as text."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return _plain_number(value) if isinstance(value, float) else value
+
+
+def _result_record(result: Result) -> ResultRecord:
+    quantities = {name: _quantity(judged) for name, judged in result.quantities.items()}
+    return ResultRecord.model_validate(
+        {**vars(result), "case": result.case.id, "quantities": quantities}
+    )
+
+
+def _quantity(judged: Judged) -> dict[str, Any]:
+    worst = judged.worst
+    if worst is None:
+        return vars(judged)
+    hexadecimal = {
+        "value_hex": float(worst.value).hex(),
+        "reference_hex": float(worst.reference).hex(),
+    }
+    return {**vars(judged), "worst": {**vars(worst), **hexadecimal}}

@@ -1,0 +1,554 @@
+"""The subject of an audit: worker processes in one interpreter, started, fed, timed and replaced.
+
+A worker may be killed, hang, or write what it likes: each run has its own Reply, and the next run finds a
+working process. What a worker does with a request is `bnaudit.worker.protocol`'s to say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+
+from bnaudit import worker as worker_package
+from bnaudit.inputs import Array, Inputs
+from bnaudit.scenario import Case
+from bnaudit.worker import plugin
+from bnaudit.worker.backends import BACKENDS
+from bnaudit.worker.rounding import storage
+
+START_LIMIT = 300.0
+"""Seconds for a worker to start, and for a library or a plug-in to be imported."""
+
+FIRST_CALL = 5
+"""A backend's first call may take this many times the usual limit: it compiles, or starts a device."""
+
+STDERR_KEPT = 1 << 16
+"""Bytes of a worker's standard error that are remembered."""
+
+LAST_LINES = 20
+LAST_CHARACTERS = 4000
+"""How much of it a crash or a timeout shows."""
+
+LONGEST_REPLY = 1 << 20
+"""Bytes after which a reply without an end is taken for garbage."""
+
+MAPPED = 1 << 20
+"""Outputs of this many bytes and more are mapped instead of read."""
+
+ROOM = 1 << 31
+"""Free bytes below which shared memory is not used for the scratch folder."""
+
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMBA_NUM_THREADS",
+)
+
+IN_FULL = ("y", "grad_input")
+PER_CHANNEL = (
+    "batch_mean",
+    "batch_var",
+    "invstd",
+    "running_mean",
+    "running_var",
+    "grad_weight",
+    "grad_bias",
+)
+
+
+OUTCOMES = {
+    "done": "done",
+    "unsupported": "unsupported",
+    "unavailable": "unavailable",
+    "contract": "contract",
+    "raised": "crash",
+}
+"""What the auditor calls a worker's outcomes."""
+
+
+class SubjectError(Exception):
+    """The interpreter cannot run a worker at all; the message says why."""
+
+
+@dataclass(frozen=True)
+class Declarations:
+    """What a backend says of its running statistics: the variance's correction and the update rule."""
+
+    running_var_correction: int = 1
+    running_update: str = "ema"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What became of one case on one backend.
+
+    Attributes:
+        outcome: "done", "unsupported", "unavailable", "contract", "crash" or "timeout".
+        reason: why there are no outputs, in a sentence.
+        detail: a traceback, or the last lines of standard error.
+        outputs: read-only arrays by quantity: y and grad_input in the storage of the case's dtype, the
+            others (C,) in float32 or float64. Large ones are mapped files that are deleted already: their
+            memory is free once nothing refers to them.
+        output_dtypes: name of each output's dtype, such as "bfloat16".
+        kernel: what ran, in the backend's words.
+        seconds: inside the backend, all steps together.
+    """
+
+    outcome: str
+    reason: str | None = None
+    detail: str | None = None
+    outputs: Mapping[str, Array] = field(default_factory=dict)
+    output_dtypes: Mapping[str, str] = field(default_factory=dict)
+    kernel: str | None = None
+    seconds: float | None = None
+    declarations: Declarations = Declarations()
+
+
+class _Failure(Exception):  # noqa: N818 - what happened to a request
+    """A request without a reply: "crash" or "timeout", the reason, and standard error's last lines."""
+
+    def __init__(self, outcome: str, reason: str, detail: str | None = None) -> None:
+        super().__init__(reason)
+        self.outcome = outcome
+        self.reason = reason
+        self.detail = detail
+
+
+class Subject:
+    """The worker processes of one environment: one per library, one per plug-in. A context manager.
+
+    Workers start when they are first needed. Use it from one thread, and from one that lasts: on Linux a
+    worker dies with the thread that started it.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str = "current",
+        python: str = sys.executable,
+        threads: int = 2,
+        timeout: float = 60.0,
+        scratch: Path,
+    ) -> None:
+        """threads: for every backend. timeout: seconds for a run, its first FIRST_CALL times as many."""
+        self.name = name
+        self._python = python
+        self._threads = threads
+        self._timeout = timeout
+        self._scratch = scratch
+        self._folder = str(Path.cwd())
+        self._workers: dict[str, _Worker] = {}
+        self._unavailable: dict[str, str | None] = {}
+        self._called: set[str] = set()
+
+    def __enter__(self) -> Subject:
+        """Starts nothing yet."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Kills the workers."""
+        self.close()
+
+    def close(self) -> None:
+        """Kills the workers and whatever they started."""
+        for key in list(self._workers):
+            self._stop(key)
+
+    def describe(self, backends: Sequence[str]) -> dict[str, str | None]:
+        """Why each backend cannot run here, or None; loads those that it has not been asked about."""
+        unknown: dict[str, list[str]] = {}
+        for backend in dict.fromkeys(backends):
+            if backend not in self._unavailable:
+                unknown.setdefault(_worker_key(backend), []).append(backend)
+        for key, names in unknown.items():
+            self._unavailable.update(self._load(key, names))
+        return {backend: self._unavailable[backend] for backend in backends}
+
+    def environment(self) -> dict[str, Any]:
+        """What backends run on here, as in a report. Raises SubjectError where no worker can run.
+
+        Devices and flags are those of the libraries whose backends were described before.
+        """
+        found: dict[str, Any] = {}
+        libraries = {backend.library for backend in BACKENDS.values()}
+        try:
+            for library in ["numpy", *sorted(libraries & set(self._workers) - {"numpy"})]:
+                request = {"op": "environment", "library": library}
+                part = self._worker(library).request(request, START_LIMIT)["environment"]
+                found = found or part
+                found["devices"] = found["devices"] + part["devices"]
+                found["flags"] = {**found["flags"], **part["flags"]}
+        except _Failure as failure:
+            raise SubjectError(f"{self._python}: {failure.reason}") from failure
+        return {"name": self.name, **found}
+
+    def run(self, backend: str, case: Case, inputs: Inputs) -> Reply:
+        """Runs one case on one backend; whatever the backend does comes back as a Reply."""
+        key = _worker_key(backend)
+        try:
+            worker = self._worker(key)
+            if backend not in worker.loaded:
+                reason = self._load(key, [backend])[backend]
+                if reason is not None:
+                    return Reply("unavailable", reason)
+                worker = self._worker(key)
+            outputs = worker.outputs_folder()
+            request = {
+                "op": "run",
+                "backend": backend,
+                "folder": self._folder,
+                "outputs": str(outputs),
+                "case": {
+                    "dtype": case.dtype,
+                    "param_dtype": case.param_dtype,
+                    "mode": case.mode,
+                    "memory_format": case.memory_format,
+                    "eps": case.eps,
+                    "momentum": case.momentum,
+                    "steps": case.steps,
+                },
+                "inputs": {"sha256": inputs.sha256, "files": dict(inputs.files)},
+            }
+            first = backend not in self._called
+            self._called.add(backend)
+            answer = worker.request(request, self._timeout * (FIRST_CALL if first else 1))
+            return worker.reply(answer, case)
+        except _Failure as failure:
+            self._stop(key)
+            return Reply(failure.outcome, failure.reason, failure.detail)
+        except BaseException:
+            self._stop(key)  # its reply is still to come, and must not meet another request
+            raise
+
+    def _load(self, key: str, names: Sequence[str]) -> dict[str, str | None]:
+        """Loads backends of one worker. Those that kill it are available: running them shows what they do."""
+        if key == "":
+            return {name: f"there is no backend {name}" for name in names}
+        try:
+            worker = self._worker(key)
+        except _Failure as failure:
+            return dict.fromkeys(names, f"no worker starts in {self._python}: {failure.reason}")
+        request = {"op": "describe", "backends": list(names), "folder": self._folder}
+        try:
+            reasons: dict[str, str | None] = worker.request(request, START_LIMIT)["unavailable"]
+        except _Failure as failure:
+            self._stop(key)
+            if failure.outcome == "timeout":
+                return dict.fromkeys(names, f"not loaded within {START_LIMIT:g} s")
+            return dict.fromkeys(names, None)
+        worker.loaded.update(names)
+        return reasons
+
+    def _worker(self, key: str) -> _Worker:
+        worker = self._workers.get(key)
+        if worker is not None and worker.has_exited():
+            self._stop(key)
+            worker = None
+        if worker is None:
+            worker = _Worker(self._python, self._threads, self._scratch)
+            self._workers[key] = worker
+            try:
+                worker.greet()
+            except _Failure:
+                self._stop(key)
+                raise
+        return worker
+
+    def _stop(self, key: str) -> None:
+        worker = self._workers.pop(key, None)
+        if worker is not None:
+            worker.kill()
+
+
+def _worker_key(backend: str) -> str:
+    """Backends of one library share a worker, a plug-in has its own; "" for a name that is unknown."""
+    if plugin.is_plugin(backend):
+        return backend
+    return BACKENDS[backend].library if backend in BACKENDS else ""
+
+
+class _Worker:
+    """One process, with the auditor's ends of its pipes.
+
+    Attributes:
+        loaded: names of the backends that it has been asked to load.
+    """
+
+    def __init__(self, python: str, threads: int, scratch: Path) -> None:
+        self.loaded: set[str] = set()
+        self._outputs = Path(tempfile.mkdtemp(prefix="outputs-", dir=scratch))
+        self._count = 0
+        self._pending = b""
+        self._stderr = b""
+        script = Path(worker_package.__file__).parent
+        try:
+            # No -I: on clusters libraries come by way of PYTHONPATH and the user's site-packages.
+            self._process = subprocess.Popen(
+                [python, str(script), str(os.getpid())],
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=scratch,
+                env=_environment(threads),
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise _Failure("crash", f"it cannot be started: {error}") from error
+        self._stdin, self._stdout, self._stderr_pipe = (
+            _pipe(stream)
+            for stream in (self._process.stdin, self._process.stdout, self._process.stderr)
+        )
+        self._selector = selectors.DefaultSelector()
+        for stream in (self._stdout, self._stderr_pipe):
+            os.set_blocking(stream.fileno(), False)
+            self._selector.register(stream, selectors.EVENT_READ)
+
+    def greet(self) -> None:
+        """Waits until the worker is ready. Raises _Failure."""
+        self._receive(START_LIMIT)
+
+    def has_exited(self) -> bool:
+        """Whether the process has ended; it stays a zombie, so that its process group keeps its number."""
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, self._process.pid, flags) is not None
+
+    def outputs_folder(self) -> Path:
+        """The folder for this worker's outputs, also where a backend has removed it."""
+        self._outputs.mkdir(parents=True, exist_ok=True)
+        return self._outputs
+
+    def request(self, message: Mapping[str, Any], limit: float) -> dict[str, Any]:
+        """Sends a request and returns its reply, which may take `limit` seconds. Raises _Failure."""
+        self._count += 1
+        self._stderr = b""
+        line = json.dumps({"id": self._count, **message}).encode("ascii") + b"\n"
+        try:
+            self._stdin.write(line)
+        except OSError as error:
+            raise self._death() from error
+        return self._receive(limit)
+
+    def reply(self, answer: Mapping[str, Any], case: Case) -> Reply:
+        """A run's Reply, its outputs read and their files removed. Raises _Failure where it is malformed."""
+        try:
+            outcome = OUTCOMES[answer["outcome"]]
+            if outcome != "done":
+                return Reply(outcome, answer["reason"], answer["traceback"])
+            outputs, dtypes = {}, {}
+            for name, entry in answer["outputs"].items():
+                outputs[name] = self._read_output(name, case)
+                dtypes[name] = str(entry["dtype"])
+            declarations = Declarations(**answer["declarations"])
+            kernel, seconds = answer["kernel"], float(answer["seconds"])
+            return Reply("done", None, None, outputs, dtypes, kernel, seconds, declarations)
+        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+            raise self._garbage(f"{type(error).__name__}: {error}") from error
+
+    def _read_output(self, name: str, case: Case) -> Array:
+        if name not in (*IN_FULL, *PER_CHANNEL):
+            raise ValueError(f"{name!r} is no quantity")
+        path = self._outputs / f"{name}.npy"
+        large = path.stat().st_size >= MAPPED
+        array: Array = np.load(path, mmap_mode="r" if large else None, allow_pickle=False)
+        path.unlink()
+        if name in IN_FULL:
+            right = array.shape == case.shape and array.dtype == storage(case.dtype)
+        else:
+            right = array.shape == case.shape[1:2] and array.dtype in (np.float32, np.float64)
+        if not right:
+            raise ValueError(f"{name} is {array.dtype} of shape {array.shape}")
+        array.setflags(write=False)
+        return array
+
+    def _receive(self, limit: float) -> dict[str, Any]:
+        line = self._receive_line(limit)
+        try:
+            answer = json.loads(line)
+            if answer["id"] == self._count:
+                return dict(answer)
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise self._garbage(line[:200].decode(errors="backslashreplace"))
+
+    def _receive_line(self, limit: float) -> bytes:
+        deadline = time.monotonic() + limit
+        while b"\n" not in self._pending:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self._timeout(limit)
+            if len(self._pending) > LONGEST_REPLY:
+                raise self._garbage("a megabyte without an end of line")
+            # Children of a dead worker may hold its pipes open: their end alone does not tell.
+            if not self._listen(min(left, 0.1)) and self.has_exited():
+                raise self._death()
+            if self._stdout not in self._selector.get_map():
+                raise self._death()
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line
+
+    def _listen(self, seconds: float) -> bool:
+        """Reads what the worker has written, waiting so long for something; whether there was any."""
+        events = self._selector.select(seconds)
+        for key, _ in events:
+            data = os.read(key.fd, 1 << 16)
+            if not data:
+                self._selector.unregister(key.fileobj)
+            elif key.fileobj is self._stdout:
+                self._pending += data
+            else:
+                self._stderr = (self._stderr + data)[-STDERR_KEPT:]
+        return bool(events)
+
+    def _timeout(self, limit: float) -> _Failure:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, signal.SIGUSR1)  # the worker then shows where it is
+        self._listen_out(0.5)
+        return _Failure("timeout", f"no answer within {limit:g} s", self._last_words())
+
+    def _death(self) -> _Failure:
+        deadline = time.monotonic() + 1
+        while not self.has_exited() and time.monotonic() < deadline:
+            self._listen(0.02)
+        exited = self.has_exited()
+        self._kill_group()
+        self._listen_out(0.1)
+        code = self._process.returncode
+        if not exited:
+            reason = "closed its end of the connection"
+        elif code == -signal.SIGKILL:
+            reason = "killed by SIGKILL, as a system does that runs out of memory"
+        elif code < 0:
+            reason = f"killed by {signal.Signals(-code).name}"
+        else:
+            reason = f"exited with code {code}"
+        return _Failure("crash", reason, self._last_words())
+
+    def _garbage(self, what: str) -> _Failure:
+        reason = f"the worker's reply cannot be read: {what}"
+        return _Failure("crash", reason, self._last_words())
+
+    def _listen_out(self, seconds: float) -> None:
+        """Reads what is left in the pipes, until nothing comes for so long."""
+        deadline = time.monotonic() + 1
+        while self._selector.get_map() and time.monotonic() < deadline and self._listen(seconds):
+            pass
+
+    def _last_words(self) -> str | None:
+        text = self._stderr.decode("utf-8", "backslashreplace")
+        return "\n".join(text.splitlines()[-LAST_LINES:])[-LAST_CHARACTERS:] or None
+
+    def _kill_group(self) -> None:
+        # Only before the process is waited for: afterwards its number may be another's.
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def kill(self) -> None:
+        """Ends the process and its children, and removes its files."""
+        self._kill_group()
+        self._selector.close()
+        for stream in (self._stdin, self._stdout, self._stderr_pipe):
+            with contextlib.suppress(OSError):
+                stream.close()
+        shutil.rmtree(self._outputs, ignore_errors=True)
+
+
+def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
+    assert stream is not None  # noqa: S101 - all three were asked for
+    return stream
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """The auditor's environment, with the number of threads of every library that could run some."""
+    environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
+    # Inductor would otherwise start a pool of processes that compile.
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    paths = os.environ.get("PYTHONPATH")
+    if paths:
+        # The worker runs in the scratch folder: what is relative to the auditor's folder would be lost.
+        absolute = (os.path.abspath(path) for path in paths.split(os.pathsep))  # noqa: PTH100
+        environment["PYTHONPATH"] = os.pathsep.join(absolute)
+    return environment
+
+
+@contextlib.contextmanager
+def scratch_folder(room: int = ROOM) -> Iterator[Path]:
+    """A folder for tensors and workers, removed at the end; in shared memory where `room` bytes are free.
+
+    Folders that killed auditors left there are removed first.
+    """
+    parents = [Path(tempfile.gettempdir())]
+    shared = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a folder only its owner can enter
+    if shared.is_dir() and os.access(shared, os.W_OK | os.X_OK):
+        parents.append(shared)
+    for parent in parents:
+        for folder in parent.glob("bnaudit-*-*"):
+            _remove_if_stale(folder)
+    parent = parents[-1] if shutil.disk_usage(parents[-1]).free >= room else parents[0]
+    folder = Path(tempfile.mkdtemp(prefix=f"bnaudit-{os.getpid()}-", dir=parent))
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        os.close(lock)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_if_stale(folder: Path) -> None:
+    """Removes a scratch folder of this user's whose auditor is gone.
+
+    Its process number alone does not tell (containers may share the parent folder, and number their own
+    processes), and neither does the lock (a folder is a moment without one at first): both must say so.
+    """
+    pid = folder.name.split("-")[1]
+    if not pid.isdecimal() or _is_alive(int(pid)):
+        return
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return  # not this user's, not a folder, or gone already
+    try:
+        if os.fstat(lock).st_uid == os.getuid():
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError:
+        pass  # its auditor runs, where process numbers are others
+    finally:
+        os.close(lock)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,200 @@
+"""The worker's side of the protocol between an auditor and a subject. This docstring is its contract.
+
+`PYTHON .../bnaudit/worker PARENT_PID`, started in the scratch folder, answers requests until its standard
+input ends or, on Linux, the process PARENT_PID dies. It needs Python 3.7 and NumPy, and nothing else of the
+auditor's.
+
+Requests come on standard input and replies leave on standard output, each one line of JSON in ASCII. The
+worker keeps both pipes to itself: for everything that runs in it, standard input is empty and standard
+output is standard error. A reply repeats its request's `id`. When the worker is ready to serve it sends
+`{"id": 0, "outcome": "done"}`.
+
+Backends are named as in `backends.BACKENDS`, or are plug-ins, `FILE.py:NAME` and `package.module:NAME`; their
+contract stands in `plugin`. `folder` is where a plug-in's file or module is looked for.
+
+    {"id": 1, "op": "describe", "backends": [NAME, …], "folder": PATH}
+    {"id": 1, "outcome": "done", "unavailable": {NAME: REASON or null, …}}
+
+    {"id": 2, "op": "environment", "library": "numpy"}
+    {"id": 2, "outcome": "done", "environment": {…}}             see `environment`
+
+    {"id": 3, "op": "run", "backend": NAME, "folder": PATH, "outputs": PATH,
+     "case": {"dtype", "param_dtype", "mode", "memory_format", "eps", "momentum", "steps"},
+     "inputs": {"sha256": DIGEST, "files": {"x": PATH, …}}}
+    {"id": 3, "outcome": "done", "kernel": TEXT or null, "seconds": S,
+     "outputs": {"y": {"path": PATH, "dtype": "bfloat16"}, …},
+     "declarations": {"running_var_correction": 1, "running_update": "ema"}}
+
+Inputs are C-order .npy files: x and grad_output (steps, N, C, *), weight, bias, running_mean and running_var
+(C,); a case without affine parameters or gradients has no such file. bfloat16 travels as its bits in uint16.
+Files with the same names and digest hold the same values. Outputs are C-order .npy files in the folder
+`outputs`: y and grad_input in the case's dtype, per-channel quantities in float32 or float64. A file that is
+there already is replaced; nothing else is kept in it.
+
+Every request is answered, and a request without a result by
+
+    {"id": 3, "outcome": OUTCOME, "reason": TEXT, "traceback": TEXT or null}
+
+with the outcome "unavailable" (this backend cannot run here), "unsupported" (it does not take this case),
+"contract" (it returned or changed what it must not) or "raised" (anything else that was raised).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import importlib
+import json
+import os
+import signal
+import sys
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import environment, plugin
+from .backends import BACKENDS
+from .execution import Implementation, NoResult, Tensors, describe, printable, run, traced
+
+if TYPE_CHECKING:
+    from typing import Any, BinaryIO
+
+    Message = dict[str, Any]
+
+UPDATES = ("ema", "caffe")
+
+
+def serve(parent: int) -> None:
+    """Answers requests until standard input ends. parent: process to die with, where the system can."""
+    _die_with(parent)
+    requests, replies = _take_pipes()
+    faulthandler.enable(all_threads=False)
+    faulthandler.register(signal.SIGUSR1)
+    # Nobody reads them here: what matters about a backend is what it returns.
+    warnings.simplefilter("ignore")
+    worker, process = Worker(), os.getpid()
+    _send(replies, {"id": 0, "outcome": "done"})
+    for line in requests:
+        request = json.loads(line.decode("ascii"))
+        reply = worker.answer(request)
+        if os.getpid() != process:
+            os._exit(0)  # a backend forked, and this is the copy
+        _send(replies, dict(reply, id=request["id"]))
+
+
+def _die_with(parent: int) -> None:
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+
+def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
+    requests = os.fdopen(os.dup(0), "rb")
+    replies = os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return requests, replies
+
+
+def _send(replies: BinaryIO, message: Message) -> None:
+    replies.write(json.dumps(message).encode("ascii") + b"\n")
+    replies.flush()
+
+
+class Worker:
+    """Answers one request at a time, and remembers what it loaded."""
+
+    def __init__(self) -> None:
+        """Loads nothing yet."""
+        self._loaded: dict[str, Implementation] = {}
+        self._tensors: tuple[str, Tensors] | None = None
+
+    def answer(self, request: Message) -> Message:
+        """The reply to a request, without its id."""
+        try:
+            if request["op"] == "describe":
+                names = request["backends"]
+                reasons = {name: self._unavailable(name, request["folder"]) for name in names}
+                return {"outcome": "done", "unavailable": reasons}
+            if request["op"] == "environment":
+                return {"outcome": "done", "environment": environment.describe(request["library"])}
+            return self._run(request)
+        except NoResult as end:
+            self._tensors = None  # they may have been written to
+            return {"outcome": end.outcome, "reason": end.reason, "traceback": end.trace}
+        except plugin.Unavailable as error:
+            return {"outcome": "unavailable", "reason": printable(str(error)), "traceback": None}
+        except Exception as error:  # whatever it is, the auditor must learn of it
+            self._tensors = None
+            return {"outcome": "raised", "reason": describe(error), "traceback": traced(error)}
+
+    def _unavailable(self, name: str, folder: str) -> str | None:
+        try:
+            self._load(name, folder)
+        except plugin.Unavailable as error:
+            return printable(str(error))
+        except NoResult:
+            return None  # it is there, and running it will tell what is wrong with it
+        return None
+
+    def _load(self, name: str, folder: str) -> Implementation:
+        if name not in self._loaded:
+            try:
+                self._loaded[name] = _implementation(name, folder)
+            except plugin.Unavailable:
+                raise
+            except BaseException as error:  # a module that calls sys.exit is broken, too
+                raise NoResult("raised", describe(error), traced(error)) from error
+        return self._loaded[name]
+
+    def _run(self, request: Message) -> Message:
+        implementation = self._load(request["backend"], request["folder"])
+        declarations = _declarations(implementation)
+        case, inputs = request["case"], request["inputs"]
+        key = json.dumps([case, inputs, implementation.form], sort_keys=True)
+        if self._tensors is None or self._tensors[0] != key:
+            self._tensors = None  # frees the last case's before the next one's are made
+            self._tensors = (key, Tensors(case, inputs["files"], implementation.form))
+        tensors = self._tensors[1]
+        execution = run(implementation, case, tensors)
+        if not tensors.kept:
+            self._tensors = None
+        outputs = {}
+        for name, (array, dtype) in execution.outputs.items():
+            path = os.path.join(request["outputs"], name + ".npy")
+            np.save(path, array, allow_pickle=False)
+            outputs[name] = {"path": path, "dtype": dtype}
+        return {
+            "outcome": "done",
+            "outputs": outputs,
+            "kernel": execution.kernel,
+            "seconds": execution.seconds,
+            "declarations": declarations,
+        }
+
+
+def _implementation(name: str, folder: str) -> Implementation:
+    if plugin.is_plugin(name):
+        return Implementation(plugin.load(name, folder), "numpy")
+    backend = BACKENDS[name]
+    module = importlib.import_module("." + backend.module, __package__ + ".backends")
+    reason = module.unavailable(name)
+    if reason is not None:
+        raise plugin.Unavailable(reason)
+    function = getattr(module, backend.function)
+    return Implementation(function, "widened" if getattr(function, "widened", False) else "stored")
+
+
+def _declarations(implementation: Implementation) -> Message:
+    correction = getattr(implementation.function, "running_var_correction", 1)
+    update = getattr(implementation.function, "running_update", "ema")
+    if correction not in (0, 1):
+        raise NoResult("contract", "running_var_correction is %r, not 0 or 1" % (correction,))
+    if update not in UPDATES:
+        raise NoResult("contract", "running_update is %r, not ema or caffe" % (update,))
+    return {"running_var_correction": int(correction), "running_update": update}

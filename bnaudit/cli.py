@@ -11,36 +11,42 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from bnaudit import __version__
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from bnaudit.audit import ControlOutcome, Event, Result, Selected
-    from bnaudit.report import Report, ResultRecord, Writer
+    from bnaudit.progress import CaseProgress
+    from bnaudit.report import CaseRecord, Environment, Report, ResultRecord, Writer
     from bnaudit.scenario import Scenario
 
-INTERRUPTED = 130
-UNTRUSTED = 4
+USAGE, INCOMPLETE, UNTRUSTED, INTERRUPTED = 2, 3, 4, 130
+"""Exit codes; the audit itself decides on the others."""
 
 PATHS = click.argument("paths", nargs=-1, metavar="[PATH]...")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits: an error is one line on stderr."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+    """Runs the command line and exits; an error is one line on stderr."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for good
+        elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # σ and × in a locale that has neither
     try:
         code = cli.main(args=arguments, prog_name="bnaudit", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as error:
         click.echo(f"bnaudit: {_one_line(error)}", err=True)
-        code = 2
+        code = error.code if isinstance(error, _Failure) else USAGE
     except (KeyboardInterrupt, click.Abort):
         click.echo("bnaudit: interrupted", err=True)
         code = INTERRUPTED
@@ -58,6 +64,62 @@ def _one_line(error: click.ClickException) -> str:
     return message
 
 
+class _Failure(click.ClickException):
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@contextlib.contextmanager
+def _explained(verbose: bool = False) -> Iterator[None]:
+    """Turns whatever is raised into one sentence and an exit code; verbose: after the traceback."""
+    try:
+        yield
+    except (click.ClickException, BrokenPipeError):
+        raise
+    except Exception as error:
+        from bnaudit.reference import EnvironmentFaultError
+        from bnaudit.report import ReportError
+        from bnaudit.scenario import ScenarioError
+        from bnaudit.selection import SelectionError
+        from bnaudit.subject import SubjectError
+
+        if isinstance(error, ReportError | ScenarioError | SelectionError):
+            raise _Failure(str(error), USAGE) from error
+        if isinstance(error, SubjectError):
+            raise _Failure(str(error), INCOMPLETE) from error
+        if isinstance(error, EnvironmentFaultError):
+            raise _Failure(str(error), UNTRUSTED) from error
+        if verbose:
+            traceback.print_exc()
+        message = f"internal error: {type(error).__name__}: {error} (-v shows where)"
+        raise _Failure(message, INCOMPLETE) from error
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Makes the first of Ctrl-C, SIGTERM and SIGHUP a KeyboardInterrupt, and ignores what follows.
+
+    Signals that the caller has us ignore (nohup) stay ignored.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.getsignal(number) for number in numbers}
+    heeded = [number for number in numbers if previous[number] is not signal.SIG_IGN]
+
+    def stop(number: int, frame: object) -> None:
+        for other in heeded:
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in heeded:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in heeded:
+            signal.signal(number, previous[number])
+
+
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]}, epilog="Start with: bnaudit run smoke"
 )
@@ -69,7 +131,9 @@ def cli() -> None:
 # --- run -------------------------------------------------------------------------------------------
 
 
-@cli.command(epilog="Exit: 0 pass, 1 fail, 2 usage, 3 incomplete, 4 untrusted, 5 nothing gated, 130.")
+@cli.command(
+    epilog="Exit: 0 pass, 1 fail, 2 usage, 3 incomplete, 4 untrusted, 5 nothing gated, 130."
+)
 @PATHS
 @click.option(
     "-b",
@@ -109,7 +173,10 @@ def cli() -> None:
 )
 @click.option("-x", "stop_early", is_flag=True, help="Stop at the first gated failure.")
 @click.option(
-    "--json", "target", metavar="FILE", help="Save the report as JSON, as results come; - for stdout."
+    "--json",
+    "target",
+    metavar="FILE",
+    help="Save the report as JSON, as results come; - for stdout.",
 )
 @click.option(
     "--fail-on",
@@ -139,9 +206,10 @@ def run(
     scenarios.
     """
     if quiet and verbose:
-        raise click.UsageError("-q and -v exclude each other")
+        raise click.UsageError("-q and -v exclude each other", click.get_current_context())
     with _explained(verbose), _interruptible():
         from bnaudit import audit, selection
+        from bnaudit.progress import CaseProgress
         from bnaudit.report import Writer
         from bnaudit.scenario import load
         from bnaudit.subject import Subject, scratch_folder
@@ -150,31 +218,44 @@ def run(
         matches = selection.matcher(expression) if expression is not None else _anything
         scenarios = load(paths)
         selected = selection.select(backends, required, BACKENDS)
-        path = None if target in (None, "-") else Path(str(target))
+        path = Path(target) if target not in (None, "-") else None
         writer = Writer(path, ["bnaudit", *sys.argv[1:]])
         with (
             scratch_folder() as scratch,
             Subject(threads=threads, timeout=timeout, scratch=scratch) as subject,
         ):
-            subject.describe([backend.name for backend in selected])
-            writer.add_environment(subject.environment())
+            reasons = subject.describe([backend.name for backend in selected])
+            environment = writer.add_environment(subject.environment())
+            screen = _Screen(stderr=target == "-", verbose=verbose)
+            cases = screen.open(environment, scenarios, selected, reasons, matches)
             events = audit.run(
                 scenarios, selected, subject, scratch, matches=matches, stop_early=stop_early
             )
-            screen = _Screen(scenarios, selected, matches, target == "-", quiet, verbose)
-            results, controls, interrupted = _follow(events, writer, screen)
+            results, controls, end = _follow(
+                events, writer, screen, CaseProgress(cases, quiet=quiet)
+            )
         summary = audit.summarize(
-            len(writer.cases), results, controls, selected, fail_on=fail_on, interrupted=interrupted
+            len(writer.cases),
+            results,
+            controls,
+            selected,
+            fail_on=fail_on,
+            interrupted=end is not None,
         )
         report = writer.finish(summary.verdict, summary.exit_code)
         if target == "-":
             sys.stdout.buffer.write(writer.text())
-            sys.stdout.flush()
-        if interrupted:
-            saved = f"; the report {path} has them" if path else ""
-            click.echo(f"bnaudit: interrupted after {len(results)} results{saved}", err=True)
+        if end is None:
+            if len(report.cases) < cases:
+                screen.say("stopped at the first gated failure (-x)")
+            screen.close(report)
+            if path is not None:
+                screen.say(f"report {path}")
+        elif isinstance(end, BrokenPipeError):
+            raise end
         else:
-            screen.close(report, path)
+            saved = f", which are in {path}" if path is not None else ""
+            click.echo(f"bnaudit: interrupted after {len(results)} results{saved}", err=True)
         return summary.exit_code
 
 
@@ -183,39 +264,196 @@ def _anything(case: str, backend: str) -> bool:
 
 
 def _follow(
-    events: Iterator[Event], writer: Writer, screen: _Screen
-) -> tuple[list[Result], list[ControlOutcome], bool]:
-    """Saves and shows what happens; whether it was interrupted is the last item."""
-    from bnaudit.audit import CaseFacts, ControlOutcome, Result
+    events: Iterable[Event], writer: Writer, screen: _Screen, progress: CaseProgress
+) -> tuple[list[Result], list[ControlOutcome], BaseException | None]:
+    """Saves what happens and shows each scenario when it is complete.
+
+    Returns the results, the controls' outcomes, and what ended the audit early, if anything did.
+    """
+    from bnaudit.audit import CaseFacts, Result
 
     results: list[Result] = []
     controls: list[ControlOutcome] = []
-    complete: list[ResultRecord] = []
+    pending: list[ResultRecord] = []
 
     def show() -> None:
-        if complete:
-            writer.save()
-            screen.rows(complete, writer)
-            complete.clear()
+        writer.save()
+        with progress.aside():
+            screen.rows(pending, writer.cases)
+        pending.clear()
 
     scenario = None
     try:
-        with screen.progress:
+        with progress:
             for event in events:
                 if isinstance(event, CaseFacts):
-                    if event.case.scenario != scenario:
+                    if event.case.scenario != scenario and pending:
                         show()
                     scenario = event.case.scenario
                     writer.add_case(event)
-                    screen.progress.case(event.case.id)
+                    progress.case(event.case.id)
                 elif isinstance(event, Result):
                     results.append(event)
-                    complete.append(writer.add_result(event))
+                    pending.append(writer.add_result(event))
                 else:
                     controls.append(event)
                     writer.add_control(event)
-                    show()
-            show()
-    except (KeyboardInterrupt, BrokenPipeError):
-        return results, controls, True
-    return results, controls, False
+                    if pending:
+                        show()
+            if pending:
+                show()
+    except (KeyboardInterrupt, BrokenPipeError) as end:
+        return results, controls, end
+    finally:
+        writer.save()
+    return results, controls, None
+
+
+class _Screen:
+    """What a run prints, from the first line to the verdict."""
+
+    def __init__(self, *, stderr: bool, verbose: bool) -> None:
+        from rich.console import Console
+
+        class QuietConsole(Console):
+            def on_broken_pipe(self) -> None:  # rich would exit with 1 here
+                raise BrokenPipeError
+
+        self._console = QuietConsole(stderr=stderr, highlight=False, markup=False, emoji=False)
+        self._verbose = verbose
+        self._has_heading = False
+
+    def open(
+        self,
+        environment: Environment,
+        scenarios: Sequence[Scenario],
+        selected: Sequence[Selected],
+        reasons: Mapping[str, str | None],
+        matches: Callable[[str, str], bool],
+    ) -> int:
+        """Says what will run and on what, fixes the table's columns, and returns the number of cases."""
+        from bnaudit.render.console import Layout, opening
+
+        cases = [
+            sum(any(matches(case.id, s.name) for s in selected) for case in scenario.cases)
+            for scenario in scenarios
+        ]
+        controls = {
+            name
+            for scenario in scenarios
+            for name in (*scenario.controls.must_fail, *scenario.controls.must_pass)
+        }
+        names = [backend.name for backend in selected]
+        self._layout = Layout.fit(
+            self._console.width,
+            [scenario.name for scenario in scenarios],
+            [*names, *controls],
+            max(cases, default=0),
+        )
+        gated = [backend.name for backend in selected if backend.gated]
+        specimens = {*names, *controls} - {*gated}
+        available = [name for name in gated if reasons[name] is None]
+        for line in opening(environment, sum(cases), available, bool(specimens)):
+            self._console.print(line)
+        return sum(cases)
+
+    def rows(self, results: Sequence[ResultRecord], cases: Mapping[str, CaseRecord]) -> None:
+        """Prints the table's lines of one scenario."""
+        from bnaudit.render.console import heading, rows
+
+        lines = rows(self._layout, results, cases, verbose=self._verbose)
+        if lines and not self._has_heading:
+            self._has_heading = True
+            lines.insert(0, heading(self._layout))
+        for line in lines:
+            self._console.print(line, no_wrap=True, overflow="crop")
+
+    def close(self, report: Report) -> None:
+        """Prints what follows the table."""
+        from bnaudit.render.console import closing
+
+        for part in closing(report, verbose=self._verbose):
+            self._console.print(part)
+
+    def say(self, text: str) -> None:
+        """Prints a remark."""
+        self._console.print(text, style="dim")
+
+
+# --- list, doctor, schema --------------------------------------------------------------------------
+
+
+@cli.command("list")
+@click.argument(
+    "what",
+    type=click.Choice(["backends", "scenarios", "cases"]),
+    default="backends",
+    metavar="[WHAT]",
+)
+@PATHS
+def list_(what: str, paths: tuple[str, ...]) -> None:
+    """Lists backends (the default), scenarios or cases.
+
+    PATH limits scenarios and cases, as in bnaudit run.
+    """
+    with _explained(), _interruptible():
+        if what == "backends":
+            if paths:
+                raise click.UsageError("list backends takes no PATH", click.get_current_context())
+            _list_backends()
+            return
+        from bnaudit.render.console import scenario_list
+        from bnaudit.scenario import load
+
+        scenarios = load(paths)
+        if what == "scenarios":
+            _print(scenario_list([(s.name, len(s.cases), s.description) for s in scenarios]))
+        else:
+            for scenario in scenarios:
+                for case in scenario.cases:
+                    click.echo(case.id)
+
+
+def _list_backends() -> None:
+    from bnaudit.render.console import backend_list
+    from bnaudit.subject import Subject, scratch_folder
+    from bnaudit.worker.backends import BACKENDS
+
+    with scratch_folder() as scratch, Subject(scratch=scratch) as subject:
+        reasons = subject.describe(list(BACKENDS))
+    entries = [
+        (name, backend.kind, backend.default, reasons[name], backend.summary)
+        for name, backend in BACKENDS.items()
+    ]
+    _print(backend_list(entries))
+
+
+@cli.command()
+@click.argument("what", type=click.Choice(["scenario", "report"]), default="scenario")
+def schema(what: str) -> None:
+    """Prints the JSON Schema of scenario files or of the report."""
+    with _explained():
+        if what == "scenario":
+            from bnaudit.scenario import json_schema
+        else:
+            from bnaudit.report import json_schema
+        click.echo(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+@cli.command()
+@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
+def doctor(threads: int) -> int:
+    """Shows what an audit would run on here, and what is missing."""
+    with _explained(), _interruptible():
+        from bnaudit.doctor import examine
+        from bnaudit.render.console import examination
+
+        found = examine(threads)
+        _print(examination(found))
+        return UNTRUSTED if any(entry.is_fault for entry in found) else 0
+
+
+def _print(renderable: RenderableType) -> None:
+    from rich.console import Console
+
+    Console(highlight=False, markup=False, emoji=False).print(renderable)

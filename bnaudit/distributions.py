@@ -208,7 +208,10 @@ class Wide(_Distribution):
     def obstacle(self, shape: tuple[int, ...], dtype: str) -> str | None:
         """The exponents must be in order."""
         if self.high_exponent < self.low_exponent:
-            return f"high_exponent {self.high_exponent} is below low_exponent {self.low_exponent}"
+            return (
+                f"found high_exponent {self.high_exponent} below low_exponent {self.low_exponent}; "
+                "accepted are exponents in order"
+            )
         return None
 
     def sample(self, e: Elements) -> Doubles:
@@ -263,18 +266,18 @@ class Planted(_Distribution):
         """The sums must be exact in the statistics dtype."""
         n = shape[0] * math.prod(shape[2:])
         if n < 2 or n & (n - 1):
-            return f"planted needs a power of two of elements per channel, and this shape has {n}"
+            return f"found {n} elements per channel; accepted is a power of two, for planted"
         if math.frexp(self.spread)[0] != 0.5:
-            return f"spread {self.spread!r} is not a power of two"
+            return f"found a spread of {self.spread:g}; accepted is a power of two"
         pair = np.array([self.mean - self.spread, self.mean + self.spread])
         if not np.array_equal(widen64(round_to(pair, dtype), dtype), pair):
-            return f"{self.mean!r} ± {self.spread!r} is not exact in {dtype}"
+            return f"found {self.mean!r} ± {self.spread!r}; accepted are values that {dtype} holds"
         quantum = min(_lowest_bit(v) for v in (*pair.tolist(), self.spread))
         precision, exponents = (53, 1022) if dtype == "float64" else (24, 126)
         if n * float(np.abs(pair).max()) > 2.0**precision * quantum:
-            return f"a sum of {n} values {self.mean!r} ± {self.spread!r} is not exact"
+            return f"found {self.mean!r} ± {self.spread!r}; accepted are values with exact sums"
         if not 2.0**-exponents <= self.spread**2 <= 2.0**exponents / n:
-            return f"the square of spread {self.spread!r} is out of range"
+            return f"found a spread of {self.spread!r}; accepted is one whose square is in range"
         return None
 
     def sample(self, e: Elements) -> Doubles:
@@ -319,7 +322,7 @@ class File(_Distribution):
         except FileError as error:
             return str(error)
         if shape not in (found, (1, *found)):  # a per-channel tensor is drawn as a batch of one
-            return f"the array in {self.path} has shape {times(found)}, not {times(shape)}"
+            return f"found shape {times(found)} in {self.path}; accepted is {times(shape)}"
         return None
 
     def sample(self, e: Elements) -> Doubles:
@@ -393,7 +396,7 @@ class Nonfinite(_Distribution):
     def obstacle(self, shape: tuple[int, ...], dtype: str) -> str | None:
         """There must be as many elements as are replaced."""
         if self.count > math.prod(shape):
-            return f"count {self.count} exceeds the {math.prod(shape)} elements of the tensor"
+            return f"found a count of {self.count}; accepted are up to {math.prod(shape)}, the tensor's size"
         return self.base.obstacle(shape, dtype)
 
     def sample(self, e: Elements) -> Doubles:

@@ -108,8 +108,7 @@ class _Reader:
             raise complain(
                 self.file,
                 place,
-                f"found more than {MAX_NODES} values once aliases are written out; "
-                "accepted are fewer",
+                f"found aliases that write out to more than {MAX_NODES} values; accepted are fewer",
             )
         if any(node is ancestor for ancestor in ancestors):
             raise complain(
@@ -190,7 +189,8 @@ def describe(node: Node) -> str:
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, tuple):
-        return "a list"
+        text = f"[{', '.join(map(describe, value))}]"
+        return text if len(text) <= 30 else f"a list of {len(value)}"
     if value is None:
         return "nothing"
     if isinstance(value, bool):

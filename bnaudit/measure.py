@@ -46,6 +46,19 @@ from bnaudit.reference import (
 from bnaudit.scenario import Case
 from bnaudit.worker.rounding import round_to, widen
 
+QUANTITIES = (
+    "y",
+    "batch_mean",
+    "batch_var",
+    "invstd",
+    "running_mean",
+    "running_var",
+    "grad_input",
+    "grad_weight",
+    "grad_bias",
+)
+"""In the order in which they are reported: of two that are equally bad, the first is named."""
+
 BLOCK = 512
 """Elements compared at a time: eight float64 buffers of this size stay in the first-level cache."""
 
@@ -643,12 +656,11 @@ class Reference:
         x = [_flat(step) for step in inputs.x]
         channels = case.channels
         ones = np.ones(channels)
-        self._param_dtype = dtype if case.param_dtype == "same" else case.statistics_dtype
 
         def values(stored: Array | None, default: Doubles) -> Doubles:
             if stored is None:
                 return default
-            return widen(stored, self._param_dtype).astype(np.float64)
+            return widen(stored, case.parameter_dtype).astype(np.float64)
 
         self.weight = values(inputs.weight, ones)
         self.bias = values(inputs.bias, np.zeros(channels))
@@ -741,10 +753,13 @@ class Reference:
     def measure(
         self, outputs: Mapping[str, Array], declared: Declarations
     ) -> dict[str, Measurement]:
-        """Measurement of every returned quantity that has a reference."""
+        """Measurement of every returned quantity that has a reference, y first."""
         case = self.case
         result = {}
-        for name, got in outputs.items():
+        for name in QUANTITIES:
+            if name not in outputs:
+                continue
+            got = outputs[name]
             if name == "y":
                 result[name] = measure_y(case, self._x, _flat(got), self.norm, self.running_mean)
             elif name == "grad_input":
@@ -769,7 +784,7 @@ class Reference:
     ) -> Measurement | None:
         case, norm = self.case, self.norm
         statistics = case.statistics_dtype
-        params = self._param_dtype
+        params = case.parameter_dtype
         if name in ("running_mean", "running_var"):
             return self._measure_running(name, got, declared)
         if name in ("grad_weight", "grad_bias"):
@@ -803,7 +818,7 @@ class Reference:
             # Nothing may move: any difference is a fault.
             same = Allowance(np.full(case.channels, 2.0**-1074), None)
             return measure_channels(
-                got, Pair(start, np.zeros(case.channels)), same, fresh, self._param_dtype
+                got, Pair(start, np.zeros(case.channels)), same, fresh, case.parameter_dtype
             )
         correction = 0 if is_mean else declared.running_var_correction
         factor = Fraction(case.n, max(case.n - correction, 1))
@@ -829,11 +844,11 @@ class Reference:
                 + form.smallest,
                 None,
             )
-        measurement = measure_channels(got, right, allowance, fresh, self._param_dtype)
+        measurement = measure_channels(got, right, allowance, fresh, case.parameter_dtype)
         if case.n == 1 and not is_mean and not _passes(measurement):
             # With one value per channel the unbiased variance is undefined: it may also stay as it was.
             stay = Pair(start, np.zeros(case.channels))
-            other = measure_channels(got, stay, allowance, fresh, self._param_dtype)
+            other = measure_channels(got, stay, allowance, fresh, case.parameter_dtype)
             return other if _passes(other) else measurement
         return measurement
 

@@ -321,7 +321,7 @@ class Writer:
         self._clock = time.monotonic()
         self._duration: float | None = None
         self._counts: Counter[str] = Counter()
-        self._verdict: Verdict = "interrupted"
+        self._verdict = "interrupted"
         self._exit_code = 130
         self._lock = threading.RLock()
         self._timer: threading.Timer | None = None
@@ -373,7 +373,7 @@ class Writer:
             self._write()
             self._check()
 
-    def finish(self, verdict: Verdict, exit_code: int) -> Report:
+    def finish(self, verdict: str, exit_code: int) -> Report:
         """Numbers the findings, writes the final report and returns it."""
         with self._lock:
             numbers = number_findings(self.results, self.cases)

@@ -95,7 +95,7 @@ class Parameters(_Fields):
     affine: Affine | None = Affine()
     running: Running = Running()
     param_dtype: Literal["statistics", "same"] = "statistics"
-    seed: int = Field(default=0, ge=0, lt=2**64)
+    seed: int = Field(default=0, ge=0, le=2**64 - 1)
 
     @property
     def channels(self) -> int:
@@ -302,18 +302,21 @@ def _shipped_files() -> list[Path]:
 
 def _files(given: str) -> list[Path]:
     path = Path(given)
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in (".yaml", ".yml") and p.is_file())
-        if not found:
-            raise ScenarioError(f"{given}: no .yaml or .yml file in this folder")
-        return found
-    if path.is_file():
-        return [path]
+    try:
+        if path.is_dir():
+            found = [p for p in path.rglob("*") if p.suffix in (".yaml", ".yml") and p.is_file()]
+            if not found:
+                raise ScenarioError(f"{given}: found no .yaml or .yml file in this folder")
+            return sorted(found)
+        if path.is_file():
+            return [path]
+    except OSError as error:
+        raise ScenarioError(f"{given}: cannot be read: {error.strerror}") from None
     names = {file.stem: file for file in _shipped_files()}
     if given in names:
         return [names[given]]
     raise ScenarioError(
-        f"{given}: no such file, folder or shipped scenario; shipped are "
+        f"{given}: found no such file, folder or shipped scenario; shipped are "
         f"{', '.join(names)}{_suggestion(given, names)}"
     )
 
@@ -539,17 +542,15 @@ def _tag(node: Node) -> object:
 
 ACCEPTED = {
     "bool_type": "true or false",
-    "dict_type": "a mapping",
     "finite_number": "a finite number",
     "float_type": "a number",
-    "greater_than": "a number above {gt:g}",
-    "greater_than_equal": "a number of at least {ge:g}",
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "a number of at least {ge}",
     "int_type": "a whole number",
-    "less_than": "a number below {lt:g}",
-    "less_than_equal": "a number of at most {le:g}",
+    "less_than_equal": "a number of at most {le}",
     "model_attributes_type": "a mapping such as {{distribution: normal}}",
     "model_type": "a mapping",
-    "string_pattern_mismatch": "letters, digits, dots, dashes and underscores",
+    "string_pattern_mismatch": "a name of letters, digits, dots, dashes and underscores",
     "string_too_short": "some text",
     "string_type": "text",
     "string_unicode": "text",
@@ -558,6 +559,8 @@ ACCEPTED = {
     "tuple_type": "a list",
 }
 """What is accepted, by the type of pydantic's error."""
+
+NULLABLE = ("source", "momentum", "affine", "key", *Limits.model_fields)
 
 NEEDED = {
     "shape": "accepted is a list such as [32, 64, 56, 56]; only with `distribution: file` is it optional",
@@ -587,18 +590,24 @@ def _translated(details: ErrorDetails, root: Node, file: str) -> ScenarioError:
         )
     if kind in ("missing", "union_tag_not_found"):
         field = "distribution" if kind == "union_tag_not_found" else str(location[-1])
-        misspelled = difflib.get_close_matches(field, node.keys, n=1)
+        for misspelled in difflib.get_close_matches(field, node.keys, n=1):
+            message = f"there is no such field (did you mean {field}?)"
+            return complain(
+                file, node.keys[misspelled], f"{'.'.join((*path, misspelled))}: {message}"
+            )
         needed = NEEDED.get(field, "it has no default")
-        if misspelled:
-            needed += f" (found {misspelled[0]})"
         return _complaint(file, node, (*path, field), f"missing; {needed}")
-    accepted = ACCEPTED[kind].format_map(context)
+    accepted = ACCEPTED[kind].format_map(
+        {name: f"{v:g}" if isinstance(v, float) else v for name, v in context.items()}
+    )
     hint = ""
     if kind == "model_attributes_type":
         if path[0] in ("affine", "running"):
             accepted = f"a number, or {accepted}"
         if isinstance(node.value, str) and node.value in DISTRIBUTIONS:
             hint = f" (did you mean {{distribution: {node.value}}}?)"
+    if path[-1] in NULLABLE:
+        accepted += ", or null"
     return _complaint(file, node, path, f"found {describe(node)}; accepted is {accepted}{hint}")
 
 
@@ -623,7 +632,9 @@ def _unknown(field: str, fields: Iterable[str]) -> str:
 
 
 def _accepted(found: object, choices: Iterable[str]) -> str:
-    return f"accepted are {', '.join(choices)}{_suggestion(found, choices)}"
+    names = tuple(choices)
+    verb = "is" if len(names) == 1 else "are"
+    return f"accepted {verb} {', '.join(names)}{_suggestion(found, names)}"
 
 
 def _suggestion(found: object, choices: Iterable[str]) -> str:

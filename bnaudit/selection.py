@@ -86,7 +86,9 @@ def _resolve(given: str, table: Mapping[str, Backend]) -> list[tuple[str, bool]]
     if devices:
         return [(name, name.endswith("@cpu") or len(devices) == 1) for name in devices]
     if given.endswith(".py"):
-        raise SelectionError(f"{given!r} names a file; a plug-in is FILE.py:NAME, its function's name")
+        raise SelectionError(
+            f"{given!r} names a file; a plug-in is FILE.py:NAME, its function's name"
+        )
     short = {name.partition("@")[0] for name in table}
     close = difflib.get_close_matches(given, [*table, *sorted(short), *GROUPS], n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -131,15 +133,15 @@ class _Parser:
 
     def parse(self) -> Match:
         match = self._alternatives()
-        token, _ = self._tokens[self._next]
-        if token == ")":
+        word, _ = self._tokens[self._next]
+        if word == ")":
             raise self._error("no parenthesis is open here")
-        if token:
-            raise self._error(f"expected 'and' or 'or' before {token!r}")
+        if word:
+            raise self._error(f"expected 'and' or 'or' before {word!r}")
         return match
 
-    def _accept(self, token: str) -> bool:
-        found = self._tokens[self._next][0] == token
+    def _accept(self, word: str) -> bool:
+        found = self._tokens[self._next][0] == word
         self._next += found
         return found
 
@@ -168,11 +170,11 @@ class _Parser:
             if not self._accept(")"):
                 raise self._error("expected ')'")
             return inner
-        token, _ = self._tokens[self._next]
-        if token in ("", "and", "or", ")"):
+        word, _ = self._tokens[self._next]
+        if word in ("", "and", "or", ")"):
             raise self._error("expected a part of a case's or a backend's name")
         self._next += 1
-        return lambda text: token in text
+        return lambda text: word in text
 
 
 def _either(left: Match, right: Match) -> Match:

@@ -198,7 +198,10 @@ class Subject:
         try:
             for library in ["numpy", *sorted(libraries & set(self._workers) - {"numpy"})]:
                 request = {"op": "environment", "library": library}
-                part = self._worker(library).request(request, START_LIMIT)["environment"]
+                answer = self._worker(library).request(request, START_LIMIT)
+                if answer["outcome"] != "done":
+                    raise SubjectError(f"{self._python}: {answer['reason']}")
+                part = answer["environment"]
                 found = found or part
                 found["devices"] = found["devices"] + part["devices"]
                 found["flags"] = {**found["flags"], **part["flags"]}
@@ -210,12 +213,12 @@ class Subject:
         """Runs one case on one backend; whatever the backend does comes back as a Reply."""
         key = _worker_key(backend)
         try:
+            reason = self.describe([backend])[backend]
+            if reason is not None:
+                return Reply("unavailable", reason)
+            if backend not in self._worker(key).loaded:
+                self._load(key, [backend])  # its last worker is gone
             worker = self._worker(key)
-            if backend not in worker.loaded:
-                reason = self._load(key, [backend])[backend]
-                if reason is not None:
-                    return Reply("unavailable", reason)
-                worker = self._worker(key)
             outputs = worker.outputs_folder()
             request = {
                 "op": "run",
@@ -335,7 +338,10 @@ class _Worker:
     def has_exited(self) -> bool:
         """Whether the process has ended; it stays a zombie, so that its process group keeps its number."""
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        return os.waitid(os.P_PID, self._process.pid, flags) is not None
+        try:
+            return os.waitid(os.P_PID, self._process.pid, flags) is not None
+        except ChildProcessError:
+            return True  # no zombie is left where the auditor was started with SIGCHLD ignored
 
     def outputs_folder(self) -> Path:
         """The folder for this worker's outputs, also where a backend has removed it."""
@@ -438,7 +444,7 @@ class _Worker:
         self._kill_group()
         self._listen_out(0.1)
         code = self._process.returncode
-        if not exited:
+        if not exited or code is None:
             reason = "closed its end of the connection"
         elif code == -signal.SIGKILL:
             reason = "killed by SIGKILL, as a system does that runs out of memory"
@@ -467,7 +473,8 @@ class _Worker:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(10)  # a driver that hangs can keep it from ending
 
     def kill(self) -> None:
         """Ends the process and its children, and removes its files."""

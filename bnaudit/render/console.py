@@ -7,16 +7,21 @@ first row (`Layout`), so that a scenario's rows can be shown as soon as it is co
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
-from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
-from bnaudit.report import RAN, CaseRecord, Quantity, Report, ResultRecord
+from bnaudit import __version__
+from bnaudit.report import RAN, CaseRecord, Environment, Quantity, Report, ResultRecord
+
+if TYPE_CHECKING:
+    from bnaudit.doctor import Entry
 
 SEVERITY = ("pass", "warn", "fail", "timeout", "crash")
 """Statuses of results that ran, from best to worst."""
@@ -32,12 +37,21 @@ VERBS = {"pass": ("passes", "pass"), "warn": ("only warns", "only warn")}
 WIDE = 120
 """Columns of the terminal from which kernel, floor and condition number have room."""
 
+OFF_BY, BOUND, FLOOR, CONDITION, KERNEL = 9, 6, 7, 9, 14
+"""Widths of the columns that do not depend on names."""
+
+NARROW = 12
+"""What is left of a scenario's name at least."""
+
+MANY_ULPS = 1e9
+"""More units in the last place than this say nothing: the right value is next to 0."""
+
 DETAIL_LINES = 6
 """Lines of a traceback that a finding shows; all of them with -v."""
 
 KEY = "σ: standard deviations of y.  ×bound: 1 = worst a stable algorithm may do."
 
-SPECIMENS_KEY = "Specimens, in (parentheses), are known to deviate somewhere and gate nothing."
+SPECIMENS_KEY = "Specimens are in (parentheses): they deviate by design, and gate nothing."
 
 
 @dataclass(frozen=True)
@@ -61,16 +75,52 @@ class Layout:
         if wide:
             fixed += 1 + FLOOR + 1 + CONDITION + 2 + KERNEL
         room = max(width - fixed, 30)
-        scenario = max((cell_len(name) for name in scenarios), default=8)
-        backend = max((cell_len(name) for name in backends), default=7)
-        # The worst case gets what the names leave, but a third at least; the longer name yields first.
-        names = room - max(room // 3, room - scenario - backend)
-        scenario = min(scenario, max(names - backend, names // 2))
+        scenario = max(cell_len(name) for name in ("scenario", *scenarios))
+        backend = max(cell_len(name) for name in ("backend", *backends))
+        # Names yield to the worst case until that has two fifths, the scenario's before the backend's.
+        names = room - max(room * 2 // 5, room - scenario - backend)
+        scenario = min(scenario, max(names - backend, NARROW))
         backend = min(backend, names - scenario)
         return cls(scenario, backend, room - scenario - backend, status, wide)
 
 
-OFF_BY, BOUND, FLOOR, CONDITION, KERNEL = 9, 6, 7, 9, 14
+class Hanging:
+    """Paragraphs beside a prefix: wrapped lines are indented by its width."""
+
+    def __init__(self, prefix: Text | str, *paragraphs: Text | str) -> None:
+        """prefix: stands before the first line."""
+        self._prefix = Text(prefix) if isinstance(prefix, str) else prefix
+        self._paragraphs = [Text(p) if isinstance(p, str) else p for p in paragraphs]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Lines of the console's width at most, without blanks at their ends."""
+        indent = self._prefix.cell_len
+        width = max(options.max_width - indent, 20)
+        before = self._prefix
+        for paragraph in self._paragraphs:
+            for line in paragraph.wrap(console, width, overflow="fold"):
+                line.rstrip()
+                yield Text.assemble(before, line, overflow="ignore", no_wrap=True)
+                before = Text(" " * indent)
+
+
+def opening(
+    environment: Environment, cases: int, gated: Sequence[str], with_specimens: bool
+) -> Iterator[RenderableType]:
+    """What is about to run, and on what. gated: the gated backends that are available."""
+    torch = environment.packages.get("torch")
+    parts = [
+        f"bnaudit {__version__}",
+        f"Python {environment.python}",
+        *([f"torch {torch}"] if torch else []),
+        _count(environment.threads, "thread"),
+        _count(cases, "case"),
+    ]
+    yield Hanging("", ", ".join(parts))
+    yield Hanging("Gating: ", ", ".join(gated) or "nothing")
+    if with_specimens:
+        yield Hanging("", SPECIMENS_KEY)
+    yield ""
 
 
 def heading(layout: Layout) -> Text:
@@ -108,6 +158,7 @@ def rows(
     absent: list[list[ResultRecord]] = []
     for group in groups.values():
         (ran if any(r.status in RAN for r in group) else absent).append(group)
+    ran.sort(key=lambda group: not group[0].gated)
     green = [group for group in ran if _worst(group).status == "pass"]
     shown = ran if verbose else [group for group in ran if group not in green]
     lines = [_row(layout, group, cases) for group in shown]
@@ -143,41 +194,38 @@ def hidden_scenarios(report: Report) -> Text | None:
 
 
 def findings(report: Report, *, verbose: bool = False) -> list[RenderableType]:
-    """The numbered findings: gated ones in full, of each specimen the first (all of them when verbose)."""
+    """The numbered findings: gated ones in full, of each specimen only the first; all when verbose."""
     context = _Context(report)
     clusters: dict[int, list[ResultRecord]] = {}
     for result in report.results:
         if result.finding is not None:
             clusters.setdefault(result.finding, []).append(result)
-    lines: list[RenderableType] = []
+    blocks: list[RenderableType] = []
     specimens: dict[str, list[ResultRecord]] = {}
     for _, cluster in sorted(clusters.items()):
-        worst = _worst(cluster)
-        if worst.gated or verbose:
-            lines.append(_finding(worst, len(cluster), context, verbose))
+        if cluster[0].gated or verbose:
+            blocks.append(_finding(_worst(cluster), len(cluster), context, verbose))
         else:
-            specimens.setdefault(worst.backend, []).append(worst)
-    lines += [_specimen(worsts, context) for worsts in specimens.values()]
-    return lines
+            specimens.setdefault(cluster[0].backend, []).append(cluster[0])
+    if specimens:
+        blocks.append(Group(*[_specimen(firsts, context) for firsts in specimens.values()]))
+    return blocks
 
 
-def controls(report: Report) -> Text:
+def controls(report: Report) -> Iterator[RenderableType]:
     """How many controls behaved, and each that did not."""
     if not report.controls:
-        return Text("no control ran")
+        yield "no control ran"
+        return
     behaved = sum(control.ok for control in report.controls)
-    text = Text(f"controls {behaved}/{len(report.controls)} as expected")
+    yield f"controls {behaved}/{len(report.controls)} as expected"
     for control in report.controls:
         if not control.ok:
-            text.append(
-                f"\ncontrol {control.backend} must {control.expected} in {control.scenario}: "
-                f"{control.observed}",
-                style="bold red",
-            )
-    return text
+            duty = f"{control.backend} must {control.expected} in {control.scenario}"
+            yield Hanging("  ", Text(f"{duty}: {control.observed}", "bold red"))
 
 
-def counts(report: Report) -> Text:
+def counts(report: Report) -> str:
     """The line "398 of 424 ran: …", with the reason for what was unavailable."""
     summary = report.summary
     numbers = {
@@ -200,7 +248,7 @@ def counts(report: Report) -> Text:
         text += f"; {summary.unsupported} unsupported"
     if summary.unavailable:
         text += f"; {summary.unavailable} unavailable ({_absences(report.results)})"
-    return Text(text)
+    return text
 
 
 def verdict(report: Report) -> Text:
@@ -232,13 +280,54 @@ def closing(report: Report, *, verbose: bool = False) -> Iterator[RenderableType
     if hidden is not None and not verbose:
         yield hidden
     for finding in findings(report, verbose=verbose):
-        yield Text()
+        yield ""
         yield finding
-    yield Text()
-    yield controls(report)
-    yield counts(report)
-    yield verdict(report)
-    yield Text(KEY, style="dim")
+    yield ""
+    yield from controls(report)
+    yield Hanging("", counts(report))
+    yield Hanging("", verdict(report))
+    yield Hanging("", Text(KEY, style="dim"))
+
+
+def backend_list(
+    entries: Iterable[tuple[str, str, bool, str | None, str]],
+) -> RenderableType:
+    """Backends: name, kind, whether it runs by default, why it is unavailable, what is its own."""
+    entries = list(entries)
+    width = max(len(name) for name, *_ in entries)
+    blocks: list[RenderableType] = []
+    for name, kind, default, reason, summary in entries:
+        state = Text("available", "green") if reason is None else Text("unavailable", "yellow")
+        usual = "default" if default else ""
+        blocks.append(Text.assemble(f"{name:{width}}  {kind:8}  {usual:7}  ", state))
+        lines = [summary] if reason is None else [summary, f"unavailable: {reason}"]
+        blocks.append(Hanging("    ", *lines))
+    return Group(*blocks)
+
+
+def scenario_list(entries: Iterable[tuple[str, int, str]]) -> RenderableType:
+    """Scenarios: name, number of cases, the first sentence of the description."""
+    entries = list(entries)
+    width = max((len(name) for name, *_ in entries), default=0)
+    digits = max((len(str(cases)) for _, cases, _ in entries), default=0)
+    lines = []
+    for name, cases, description in entries:
+        sentence = re.split(r"(?<=[.!?])\s", " ".join(description.split()), maxsplit=1)[0]
+        lines.append(Hanging(f"{name:{width}}  {cases:{digits}}  ", sentence))
+    return Group(*lines)
+
+
+def examination(entries: Iterable[Entry]) -> RenderableType:
+    """What bnaudit doctor found."""
+    entries = list(entries)
+    width = max(len(entry.topic) for entry in entries)
+    lines = []
+    for entry in entries:
+        text = Text(entry.finding, "bold red" if entry.is_fault else "")
+        if entry.remedy is not None:
+            text.append(f": {entry.remedy}", "yellow")
+        lines.append(Hanging(f"{entry.topic:{width}}  ", text))
+    return Group(*lines)
 
 
 # --- rows ------------------------------------------------------------------------------------------
@@ -283,9 +372,9 @@ def _green_row(layout: Layout, groups: Sequence[Sequence[ResultRecord]]) -> Text
     return _line(
         layout,
         span=Text(names),
-        off_by=Text(f"{_number(max(sigmas), 3)} σ" if sigmas else "-"),
+        off_by=Text(f"{_number(max(sigmas), 2)} σ" if sigmas else "-"),
         bound=Text(_number(max(ratios, default=None), 2)),
-        status=_status(layout, "pass", True, STYLES["pass"]),
+        status=_status(layout, "pass", any(g[0].gated for g in groups), STYLES["pass"]),
         style="",
     )
 
@@ -423,12 +512,8 @@ def _finding(worst: ResultRecord, size: int, context: _Context, verbose: bool) -
     if worst.detail:
         lines = worst.detail.rstrip().splitlines()
         shown = lines if verbose else lines[-DETAIL_LINES:]
-        body += [Text(line.expandtabs(4), style="dim", overflow="fold") for line in shown]
-    grid = Table.grid(padding=(0, 1, 0, 0))
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
-    grid.add_row(Text(f"[{worst.finding}]", style="bold"), Group(*body))
-    return grid
+        body += [Text(line.expandtabs(4), style="dim") for line in shown]
+    return Hanging(Text(f"[{worst.finding}] ", "bold"), *body)
 
 
 def _evidence(result: ResultRecord) -> Iterator[Text]:
@@ -453,16 +538,16 @@ def _evidence(result: ResultRecord) -> Iterator[Text]:
         yield Text(f"also off: {', '.join(others)}")
 
 
-def _specimen(worsts: Sequence[ResultRecord], context: _Context) -> RenderableType:
-    first = worsts[0]
+def _specimen(firsts: Sequence[ResultRecord], context: _Context) -> RenderableType:
+    first = firsts[0]
     case = context.cases[first.case]
-    text = f"[{first.finding}] ({first.status}) {first.backend} {case.scenario} {_label(case)}"
+    text = f"({first.status}) {first.backend} {case.scenario} {_label(case)}"
     evidence = next(_evidence(first), None)
     if evidence is not None:
         text += f": {evidence.plain.partition(';')[0]}"
-    if len(worsts) > 1:
-        text += f" (and {_count(len(worsts) - 1, 'more finding')}, -v)"
-    return Text(text, style="dim")
+    if len(firsts) > 1:
+        text += f" (and {_count(len(firsts) - 1, 'more finding')}, -v)"
+    return Hanging(Text(f"[{first.finding}] ", style="dim"), Text(text, style="dim"))
 
 
 def _apart(value: float, reference: float) -> tuple[str, str]:
@@ -522,9 +607,11 @@ def _off_by(name: str, quantity: Quantity | None) -> str:
     if quantity.nonfinite and quantity.worst is not None:
         return _number(quantity.worst.value, 2)
     if name == "y" and quantity.max_sigma_error is not None:
-        return f"{_number(quantity.max_sigma_error, 3)} σ"
-    if name not in ("y", "grad_input") and quantity.max_ulp_error is not None:
-        return f"{_number(quantity.max_ulp_error, 2)} ulp"
+        sigma = quantity.max_sigma_error
+        return f"{_number(sigma, 3 if sigma >= 1e-3 else 2)} σ"
+    ulps = quantity.max_ulp_error
+    if name not in ("y", "grad_input") and ulps is not None and ulps <= MANY_ULPS:
+        return f"{_number(ulps, 2)} ulp"
     return _number(quantity.max_abs_error, 3)
 
 
@@ -572,12 +659,23 @@ def _parts(case: CaseRecord, *, named: bool) -> list[str]:
         if axes[name] in ("true", "false"):
             words.append(name if axes[name] == "true" else f"no {name}")
         else:
-            words.append(f"{name}={axes[name]}" if named or len(own) > 1 else axes[name])
+            value = _tidy(axes[name])
+            words.append(f"{name}={value}" if named or len(own) > 1 else value)
     if case.memory_format != "contiguous" or "memory_format" in axes:
         words.append(case.memory_format)
     if case.dtype != "float32" or "dtype" in axes:
         words.append(case.dtype)
     return [*words, "x".join(str(size) for size in case.shape)]
+
+
+def _tidy(text: str) -> str:
+    """A number as people write it: 1e6 for 1000000.0; other texts as they are."""
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    short = _number(value, 6)
+    return short if float(short) == value else text
 
 
 def _label(case: CaseRecord) -> str:

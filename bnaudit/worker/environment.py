@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 import os
 import platform
 import sys
@@ -24,11 +23,11 @@ ISA = ("FMA3", "AVX2", "AVX512F", "AVX512_SKX", "AVX512_ICL", "AVX512_SPR", "ASI
 
 
 def describe(library: str) -> dict[str, Any]:
-    """The environment, with devices and flags of `library` ("numpy", "torch") where that has any."""
+    """The environment, with devices and flags of `library` ("numpy", "torch") where that is loaded."""
     found: dict[str, Any] = {"devices": [], "flags": {}}
     modules = {backend.module for backend in BACKENDS.values() if backend.library == library}
     for name in sorted(modules):
-        module = importlib.import_module("." + name, __package__ + ".backends")
+        module: Any = sys.modules.get("%s.backends.%s" % (__package__, name))
         if hasattr(module, "describe"):
             found = module.describe()
     return {

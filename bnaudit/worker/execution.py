@@ -100,7 +100,8 @@ def _bfloat16() -> np.dtype[Any]:
     except ImportError as error:
         text = "bfloat16 reaches a NumPy function as ml_dtypes.bfloat16; ml_dtypes is not installed"
         raise NoResult("unsupported", text) from error
-    return np.dtype(ml_dtypes.bfloat16)
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return dtype
 
 
 def _load(path: str, mode: str) -> Array:

@@ -12,6 +12,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from .rounding import Array
 
@@ -23,20 +24,21 @@ BLOCK = 1 << 20
 
 def bits(array: Array) -> Array:
     """The array's bit patterns, as unsigned integers of the same size in the same place."""
-    return array.view("u%d" % array.dtype.itemsize)
+    pattern: Array = array.view("u%d" % array.dtype.itemsize)
+    return pattern
 
 
 def lay_out(values: Array, memory_format: str) -> Array:
     """A writable copy of `values`, of shape (N, C, *), in the memory format. uint16 is bfloat16's bits."""
+    laid: Array
     if memory_format == "contiguous":
-        return values.copy()
-    if memory_format == "channels_last":
-        base = np.empty(values.shape[:1] + values.shape[2:] + values.shape[1:2], values.dtype)
-        laid = np.moveaxis(base, -1, 1)
+        laid = np.empty(values.shape, values.dtype)
+    elif memory_format == "channels_last":
+        shape = values.shape[:1] + values.shape[2:] + values.shape[1:2]
+        laid = np.moveaxis(np.empty(shape, values.dtype), -1, 1)
     else:
-        nan = 0x7FC0 if values.dtype == np.uint16 else np.nan
-        base = np.full(OFFSET + STEP * values.size, nan, values.dtype)
-        laid = base[OFFSET::STEP].reshape(values.shape)
+        allocation = np.full(OFFSET + STEP * values.size, _nan(values.dtype), values.dtype)
+        laid = allocation[OFFSET::STEP].reshape(values.shape)
     laid[...] = values
     return laid
 
@@ -46,17 +48,16 @@ def changed_gap(laid: Array) -> int | None:
 
     Counted in elements from the tensor's first; negative in front of it.
     """
-    base = laid
-    while base.base is not None:
-        base = base.base
-    pattern = bits(base)
-    nan = bits(np.full(1, 0x7FC0 if base.dtype == np.uint16 else np.nan, base.dtype))[0]
-    for start, step in ((0, 1), (OFFSET + 1, STEP)):
-        gaps = pattern[:OFFSET] if start == 0 else pattern[start::step]
-        touched = gaps != nan
-        if touched.any():
-            return start + step * int(touched.argmax()) - OFFSET
-    return None
+    allocation = laid
+    while allocation.base is not None:
+        allocation = allocation.base
+    touched = bits(allocation) != bits(np.full(1, _nan(laid.dtype), laid.dtype))
+    touched[OFFSET::STEP] = False  # the elements
+    return int(touched.argmax()) - OFFSET if touched.any() else None
+
+
+def _nan(dtype: np.dtype[Any]) -> float:
+    return 0x7FC0 if dtype == np.uint16 else np.nan
 
 
 def first_change(

@@ -67,7 +67,7 @@ def load(backend: str, folder: str) -> Callable[..., Any]:
             module = importlib.import_module(target)
         except ImportError as error:
             raise Unavailable("%s cannot be imported: %s" % (target, error)) from error
-    function = getattr(module, name, None)
+    function: Callable[..., Any] | None = getattr(module, name, None)
     if function is None:
         raise Unavailable("%s has no function named %s" % (target, name))
     if isinstance(function, type) or not callable(function):

@@ -46,6 +46,7 @@ import faulthandler
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import warnings
@@ -68,6 +69,8 @@ UPDATES = ("ema", "caffe")
 def serve(parent: int) -> None:
     """Answers requests until standard input ends. parent: process to die with, where the system can."""
     _die_with(parent)
+    # The core of a worker that is meant to crash would fill the scratch folder.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     requests, replies = _take_pipes()
     faulthandler.enable(all_threads=False)
     faulthandler.register(signal.SIGUSR1)
@@ -131,7 +134,8 @@ class Worker:
             return {"outcome": "unavailable", "reason": printable(str(error)), "traceback": None}
         except Exception as error:  # whatever it is, the auditor must learn of it
             self._tensors = None
-            return {"outcome": "raised", "reason": describe(error), "traceback": traced(error)}
+            reason = "the worker failed: " + describe(error)
+            return {"outcome": "raised", "reason": reason, "traceback": traced(error)}
 
     def _unavailable(self, name: str, folder: str) -> str | None:
         try:

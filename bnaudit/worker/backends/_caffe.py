@@ -18,10 +18,8 @@ Running statistics. Caffe keeps scaled sums in blobs that start at zero, with f 
     b2 = f·b2 + 1      b0 = f·b0 + mean      b1 = f·b1 + m/(m-1)·var
 
 and inference normalizes by b0·(1/b2) and b1·(1/b2). Those two are what is returned as running_mean and
-running_var, and what is expected in inference (so b2 = 1 there, which changes no bit). Whatever the
-running statistics were before the first training step has no weight. The blobs themselves cannot be
-recovered from the quotients, so training returns them under the key "state", and the next step takes
-them by the keyword `state`; without it, the step is the first.
+running_var, and what is expected in inference, where b2 = 1 then gives the same bits. Whatever the
+running statistics were before the first training step has no weight.
 """
 
 from __future__ import annotations
@@ -60,8 +58,7 @@ class Blas(NamedTuple):
 
 def _atlas_chain(terms: Array) -> Array:
     """Row sums from left to right, starting from +0."""
-    total: Array = sequential(terms) + terms.dtype.type(0)
-    return total
+    return sequential(terms) + terms.dtype.type(0)
 
 
 def _atlas_dot(terms: Array) -> Array:
@@ -93,8 +90,7 @@ def _atlas_gemv(matrix: Array, factor: float) -> Array:
     if columns < 15:
         return _atlas_chain(matrix * alpha)
     if columns == 15 or rows < 4:
-        scaled: Array = alpha * _atlas_dot(matrix)
-        return scaled
+        return alpha * _atlas_dot(matrix)
     # The factor goes on the shorter of the two vectors.
     terms = matrix * alpha if columns < rows else matrix
     fours = rows - rows % 4
@@ -124,8 +120,7 @@ ATLAS = Blas(_atlas_gemv, _atlas_gemv_transposed, _atlas_outer)
 
 def as_matrix(x: Array) -> Array:
     """Return x, (N, C, *) in any strides, as Caffe's blob: an (N·C, S) C-contiguous matrix."""
-    matrix: Array = np.ascontiguousarray(x).reshape(x.shape[0] * x.shape[1], -1)
-    return matrix
+    return np.ascontiguousarray(x).reshape(x.shape[0] * x.shape[1], -1)
 
 
 def channel_sums(matrix: Array, images: int, factor: float, blas: Blas) -> Array:
@@ -154,48 +149,108 @@ def layer_backward(grad: Array, y: Array, std: Array, images: int, blas: Blas) -
     dx = y * spread(channel_sums(y * grad, images, 1.0, blas), y, images, blas)
     dx = spread(channel_sums(grad, images, 1.0, blas), y, images, blas) + dx
     dx = grad.dtype.type(-1.0 / (images * grad.shape[1])) * dx + grad
-    quotient: Array = dx / std
-    return quotient
+    return dx / std
 
 
-def batch_norm(
-    x: Array,
+def finish(
+    centred: Array,
+    std: Array,
+    like: Array,
     weight: Optional[Array],
     bias: Optional[Array],
-    running_mean: Array,
-    running_var: Array,
-    *,
+    grad_output: Optional[Array],
     training: bool,
-    momentum: float,
-    eps: float,
-    grad_output: Optional[Array] = None,
-    state: Optional[Tuple[Array, Array, Array]] = None,
-) -> Dict[str, Any]:
-    """Run Caffe's layer on ATLAS; the running statistics are the blobs' quotients (see above).
+    blas: Blas,
+) -> Dict[str, Array]:
+    """Divide by the standard deviation, apply the Scale layer, and go back through both.
 
     Args:
-        state: the blobs (b0, b1, b2) that the step before returned; None before the first step.
+        centred: x minus its mean, (N·C, S).
+        std: sqrt(var + eps), (N·C, S).
+        like: x itself, (N, C, *), for its shape.
+
+    Returns y and, with a grad_output, grad_input and the gradients of the parameters there are.
     """
-    if x.shape[0] == 0:
-        return dict(
-            empty_batch(x, weight, bias, running_mean, running_var, training, grad_output is not None)
-        )
-    real = x.dtype.type
-    matrix, images, channels = as_matrix(x), x.shape[0], x.shape[1]
-    outputs: Dict[str, Any] = {}
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        if training:
-            centred, mean, var = layer_statistics(matrix, images, ATLAS)
-            if state is None:
-                state = (np.zeros(channels, real), np.zeros(channels, real), np.zeros(1, real))
-            count = matrix.size // channels
-            state = _next_blobs(state, mean, var, count, real(np.float32(1 - momentum)))
-            outputs["batch_mean"], outputs["batch_var"], outputs["state"] = mean, var, state
-            scale = real(1) / state[2]
-            outputs["running_mean"], outputs["running_var"] = scale * state[0], scale * state[1]
-        else:
-            mean, var = running_mean.astype(real), running_var.astype(real)
-            centred = matrix - spread(mean, matrix, images, ATLAS)
-        std = spread(np.sqrt(var + real(np.float32(eps))), matrix, images, ATLAS)
-        outputs.update(finish(x, centred, std, weight, bias, grad_output, training, ATLAS))
+    images = like.shape[0]
+    normalized = centred / std
+    slope = None if weight is None else spread(weight.astype(like.dtype), std, images, blas)
+    y = normalized if slope is None else normalized * slope
+    if bias is not None:
+        y = y + spread(bias.astype(like.dtype), std, images, blas)
+    outputs = {"y": y.reshape(like.shape)}
+    if grad_output is not None:
+        grad = as_matrix(grad_output)
+        if weight is not None:
+            outputs["grad_weight"] = channel_sums(grad * normalized, images, 1.0, blas)
+        if bias is not None:
+            outputs["grad_bias"] = channel_sums(grad, images, 1.0, blas)
+        if slope is not None:
+            grad = grad * slope
+        dx = layer_backward(grad, normalized, std, images, blas) if training else grad / std
+        outputs["grad_input"] = dx.reshape(like.shape)
     return outputs
+
+
+class Caffe2016:
+    """The layer on ATLAS. It keeps its blobs from one training step to the next, as Caffe's does."""
+
+    widened = True
+    counts_steps = True
+    running_update = "caffe"
+
+    def __init__(self) -> None:
+        """Start without blobs: the first step has to be step 1."""
+        self.blobs: Tuple[Array, Array, Array] = (np.zeros(0), np.zeros(0), np.zeros(0))
+
+    def __call__(
+        self,
+        x: Array,
+        weight: Optional[Array],
+        bias: Optional[Array],
+        running_mean: Array,
+        running_var: Array,
+        *,
+        training: bool,
+        momentum: Optional[float],
+        eps: float,
+        grad_output: Optional[Array] = None,
+        step: int = 1,
+    ) -> Dict[str, Array]:
+        """Run one step, all in the dtype of x; the blobs are zero before step 1.
+
+        momentum None, the cumulative average, is f = 1.
+        """
+        backward = grad_output is not None
+        if x.shape[0] == 0:
+            return empty_batch(x, weight, bias, running_mean, running_var, training, backward)
+        real = x.dtype.type
+        matrix, images, channels = as_matrix(x), x.shape[0], x.shape[1]
+        outputs = {}
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            if training:
+                centred, mean, var = layer_statistics(matrix, images, ATLAS)
+                if step == 1:
+                    zero = np.zeros(channels, real)
+                    self.blobs = (zero, zero, np.zeros(1, real))
+                fraction = real(np.float32(1 - (momentum or 0)))
+                count = matrix.size // channels
+                correction = real(count / (count - 1) if count > 1 else 1)
+                b0, b1, b2 = self.blobs
+                b0, b1, b2 = (
+                    fraction * b0 + mean,
+                    fraction * b1 + correction * var,
+                    fraction * b2 + real(1),
+                )
+                self.blobs = (b0, b1, b2)
+                scale = real(1) / b2
+                outputs["batch_mean"], outputs["batch_var"] = mean, var
+                outputs["running_mean"], outputs["running_var"] = scale * b0, scale * b1
+            else:
+                mean, var = running_mean.astype(real), running_var.astype(real)
+                centred = matrix - spread(mean, matrix, images, ATLAS)
+            std = spread(np.sqrt(var + real(np.float32(eps))), matrix, images, ATLAS)
+            outputs.update(finish(centred, std, x, weight, bias, grad_output, training, ATLAS))
+        return outputs
+
+
+caffe_2016 = Caffe2016()

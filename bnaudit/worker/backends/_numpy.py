@@ -55,8 +55,7 @@ def pairwise(rows: Array) -> Array:
 def sequential(rows: Array) -> Array:
     """Sum each row from left to right, rounding after every addition."""
     # accumulate stores every partial sum in the rows' dtype, so it can neither reorder nor widen.
-    partial: Array = np.add.accumulate(rows, axis=1)
-    return partial[:, -1]
+    return np.add.accumulate(rows, axis=1)[:, -1]
 
 
 # --- mean and biased variance of rows: (C, n) -> (C,), (C,) -----------------------------------------
@@ -136,8 +135,7 @@ def _compiled_recurrence() -> Callable[[Array, Array, Array], None]:
     """
     import numba
 
-    compiled: Callable[[Array, Array, Array], None] = numba.njit(_welford_recurrence)
-    return compiled
+    return numba.njit(_welford_recurrence)
 
 
 def _welford_sequential(rows: Array) -> Tuple[Array, Array]:
@@ -157,8 +155,7 @@ def channel_rows(x: Array) -> Array:
 
 def from_rows(rows: Array, shape: Tuple[int, ...]) -> Array:
     """Undo `channel_rows`, as a view."""
-    channels_first: Array = rows.reshape((shape[1], shape[0], *shape[2:]))
-    return channels_first.swapaxes(0, 1)
+    return rows.reshape((shape[1], shape[0], *shape[2:])).swapaxes(0, 1)
 
 
 def update_running(

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 IMPLEMENTATIONS = ("native", "cudnn", "miopen")
 """By the index that torch._batch_norm_impl_index returns."""
 
+_compiled: set[tuple[Any, ...]] = set()
+"""What torch.compile last compiled for, so that a case of many steps is compiled once."""
+
 CUDNN_MIN_EPS = 1e-5
 """CUDNN_BN_MIN_EPSILON of cuDNN 7; later versions allow 0, and then torch does not refuse."""
 
@@ -93,13 +96,18 @@ def torch_compile_cpu(*tensors: Array | None, **options: Any) -> Outputs:
     grad_output = _tensor(options.pop("grad_output"), "cpu")
     arguments = (x, running_mean, running_var, weight, bias)
     _refuse(_on_meta, arguments, options)
-    # Dynamo gives up on a function that it has compiled for too many shapes.
-    torch._dynamo.reset()
-    metrics.reset()
+    forms = (x.shape, x.stride(), x.dtype, running_mean.dtype)
+    signature = (*forms, weight is None, grad_output is None, *options.values())
+    if signature not in _compiled:
+        # Dynamo gives up on a function that it has compiled for too many shapes: one at a time.
+        torch._dynamo.reset()
+        metrics.reset()
+        _compiled.clear()
     compiled = torch.compile(torch.nn.functional.batch_norm, fullgraph=True, dynamic=False)
     outputs = _differentiated(compiled, arguments, options, grad_output)
     if x.numel() and not metrics.generated_kernel_count:
         raise RuntimeError("Inductor generated no kernel: torch.compile fell back to another path")
+    _compiled.add(signature)
     return dict(outputs, kernel="inductor %s %s" % (_memory_format(x), _capability()))
 
 

@@ -26,8 +26,13 @@ if TYPE_CHECKING:
 SEVERITY = ("pass", "warn", "fail", "timeout", "crash")
 """Statuses of results that ran, from best to worst."""
 
-STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red", "timeout": "magenta"}
-STYLES["crash"] = STYLES["timeout"]
+STYLES = {
+    "pass": "green",
+    "warn": "yellow",
+    "fail": "red",
+    "timeout": "magenta",
+    "crash": "magenta",
+}
 
 VERDICT_STYLES = {"pass": "bold green", "warn": "bold yellow"}
 
@@ -346,6 +351,8 @@ def _row(layout: Layout, group: Sequence[ResultRecord], cases: Mapping[str, Case
     name, quantity = _worst_quantity(worst)
     prefix = "" if name in ("y", "") else f"{name} "
     style = STYLES[worst.status]
+    if worst.gated and worst.status != "pass":
+        style += " bold"
     return _line(
         layout,
         backend=Text(_shorten(worst.backend, layout.backend)),
@@ -494,7 +501,7 @@ class _Context:
 def _finding(worst: ResultRecord, size: int, context: _Context, verbose: bool) -> RenderableType:
     case = context.cases[worst.case]
     word = worst.status.upper() if worst.gated else f"({worst.status})"
-    style = STYLES[worst.status] if worst.gated else "dim"
+    style = f"bold {STYLES[worst.status]}" if worst.gated else "dim"
     body = [
         Text.assemble((word, style), f" {worst.backend} {case.scenario} {_label(case)}".rstrip()),
         *_evidence(worst),

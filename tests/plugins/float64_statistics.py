@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
 
 
 def batch_norm(
-    x, weight, bias, running_mean, running_var, *, training, momentum, eps, grad_output=None
-):
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    running_mean: Array,
+    running_var: Array,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    grad_output: Array | None = None,
+) -> dict[str, Any]:
     channels = x.shape[1]
     shape = (1, channels) + (1,) * (x.ndim - 2)
     axes = (0, *range(2, x.ndim))
@@ -17,11 +31,11 @@ def batch_norm(
     )
     gamma = np.ones(channels) if weight is None else weight.astype(np.float64)
     beta = np.zeros(channels) if bias is None else bias.astype(np.float64)
-    outputs = {"kernel": "NumPy float64"}
+    outputs: dict[str, Any] = {"kernel": "NumPy float64"}
 
-    # Powers of two that keep the squares of large values finite; exact.
+    # Powers of two that keep the squares of large values finite and, without eps, those of tiny ones above 0.
     largest = np.max(np.abs(wide), axis=axes, initial=0, where=np.isfinite(wide))
-    scale = np.ldexp(1.0, -np.maximum(np.frexp(largest)[1], 0))
+    scale = np.ldexp(1.0, -np.maximum(np.frexp(largest)[1], 0 if eps else -1000))
     if training and n > 0:
         scaled = wide * scale.reshape(shape)
         mean = scaled.mean(axes)

@@ -616,6 +616,7 @@ def measure_channels(
         ratio = np.where(judged & (error != 0), error / allowance.allowed, 0.0)
         ulps = np.array([ulp(v, form.precision, form.min_exponent) for v in right.high.tolist()])
         counted = np.where(wrong | ~judged, 0.0, error)
+        max_ulp_error = float(np.where(counted > 0, counted / ulps, 0.0).max())
     worst = int(np.argmax(np.where(np.isnan(ratio), math.inf, ratio)))
     tight = None
     if allowance.tight is not None:
@@ -623,7 +624,7 @@ def measure_channels(
             tight = float(np.where(judged & (error != 0), error / allowance.tight, 0.0).max())
     return Measurement(
         max_abs_error=float(counted.max()),
-        max_ulp_error=float((counted / ulps).max()),
+        max_ulp_error=max_ulp_error,
         bound_ratio=float(ratio[worst]) if not math.isnan(ratio[worst]) else math.inf,
         tight_ratio=tight,
         nonfinite=int(wrong.sum()),

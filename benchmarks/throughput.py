@@ -150,7 +150,7 @@ def memory() -> None:
         path = Path(folder, "benchmark.yaml")
         path.write_text(_case(shape))
         process = subprocess.Popen(
-            [sys.executable, "-m", "bnaudit.cli", "run", str(path), "-b", "two-pass@cpu", "-q"],
+            [sys.executable, "-m", "bnaudit", "run", str(path), "-b", "two-pass@cpu", "-q"],
             stdout=subprocess.DEVNULL,
         )
         peak = 0

@@ -40,11 +40,11 @@ SCHEMA_VERSION = 1
 RAN = ("pass", "warn", "fail", "crash", "timeout")
 """Statuses of results whose backend was called; the others say why it was not."""
 
-CHEAP = 0.002
-"""Seconds up to which a save is cheap enough (to about a thousand results) to follow every result."""
+CHEAP = 1 << 21
+"""Bytes of a report (about a thousand results) up to which a save follows every result."""
 
 PACE = 20
-"""Pause between two dearer saves, in durations of a save: they take a twentieth of the time at most."""
+"""Pause between saves of a larger one, in durations of a save: they take a twentieth of the time."""
 
 Status = Literal["pass", "warn", "fail", "crash", "timeout", "unsupported", "unavailable"]
 Verdict = Literal["pass", "warn", "fail", "incomplete", "untrusted", "nothing-gated", "interrupted"]
@@ -295,8 +295,8 @@ def number_findings(
 class Writer:
     """A report that grows with the audit.
 
-    What was added is in the file when the method that adds it returns; in a large report (see CHEAP)
-    PACE durations of a save later, 0.2 s at 4000 results, or when `save` returns. The file is replaced
+    What was added is in the file when the method that adds it returns; once the report is larger than
+    CHEAP, PACE durations of a save later (0.2 s at 4000 results), or when `save` returns. The file is replaced
     as a whole, so it is a valid report at any moment, also after SIGKILL; until `finish` its verdict is
     "interrupted". Every method raises ReportError where the file cannot be written.
     """
@@ -442,7 +442,8 @@ class Writer:
         except OSError as error:
             self._error = error
         end = time.monotonic()
-        self._not_before = end + PACE * (end - start) if end - start > CHEAP else end
+        is_cheap = sum(map(len, self._json.values())) <= CHEAP
+        self._not_before = end if is_cheap else end + PACE * (end - start)
 
     def _pieces(self) -> Iterator[bytes | bytearray]:
         yield json.dumps(self._head(), ensure_ascii=False)[:-1].encode()

@@ -46,13 +46,16 @@ OFF_BY, BOUND, FLOOR, CONDITION, KERNEL = 9, 6, 7, 9, 14
 """Widths of the columns that do not depend on names."""
 
 NARROW = 12
-"""What is left of a scenario's name at least."""
+"""What is left of a scenario's name at least, where there is room for that."""
 
 MANY_ULPS = 1e9
 """More units in the last place than this say nothing: the right value is next to 0."""
 
 DETAIL_LINES = 6
 """Lines of a traceback that a finding shows; all of them with -v."""
+
+CONSTANT_INPUT = re.compile(r"constant\(value=([^(),]*)\)")
+"""An axis value that is the same as an axis `value`, and is shown as one."""
 
 KEY = "σ: standard deviations of y.  ×bound: 1 = worst a stable algorithm may do."
 
@@ -67,26 +70,30 @@ class Layout:
     backend: int
     worst: int
     status: int
-    wide: bool
+    width: int
+
+    @property
+    def wide(self) -> bool:
+        """Whether kernel, floor and condition number have room."""
+        return self.width >= WIDE
 
     @classmethod
     def fit(
         cls, width: int, scenarios: Iterable[str], backends: Iterable[str], most_cases: int
     ) -> Layout:
         """The layout for a terminal of this width, these names, and this many cases in a scenario."""
-        wide = width >= WIDE
-        status = len("(fail /)") + 2 * len(str(most_cases))
-        fixed = 1 + 2 + 2 + 1 + OFF_BY + 1 + BOUND + 2 + status
-        if wide:
+        status = len("(fail /) ") + 2 * max(len(str(most_cases)), 2)
+        fixed = 1 + 2 + 2 + 1 + OFF_BY + 1 + BOUND + 1 + status
+        if width >= WIDE:
             fixed += 1 + FLOOR + 1 + CONDITION + 2 + KERNEL
-        room = max(width - fixed, 30)
+        room = max(width - fixed, 24)
         scenario = max(cell_len(name) for name in ("scenario", *scenarios))
         backend = max(cell_len(name) for name in ("backend", *backends))
         # Names yield to the worst case until that has two fifths, the scenario's before the backend's.
         names = room - max(room * 2 // 5, room - scenario - backend)
-        scenario = min(scenario, max(names - backend, NARROW))
+        scenario = min(scenario, max(names - backend, min(NARROW, names // 2)))
         backend = min(backend, names - scenario)
-        return cls(scenario, backend, room - scenario - backend, status, wide)
+        return cls(scenario, backend, room - scenario - backend, status, width)
 
 
 class Hanging:
@@ -290,6 +297,10 @@ def closing(report: Report, *, verbose: bool = False) -> Iterator[RenderableType
     yield ""
     yield from controls(report)
     yield Hanging("", counts(report))
+    if verbose:
+        reasons = Counter(r.reason for r in report.results if r.status == "unsupported")
+        for reason, number in reasons.most_common():
+            yield Hanging("  ", f"{number} unsupported: {reason or 'no reason given'}")
     yield Hanging("", verdict(report))
     yield Hanging("", Text(KEY, style="dim"))
 
@@ -434,10 +445,11 @@ def _line(
         if layout.wide:
             cells += [" ", _cell(floor, FLOOR, right=True)]
             cells += [" ", _cell(condition, CONDITION, right=True)]
-        cells += [" ", _cell(status, layout.status + 1)]
+        cells += [" ", _cell(status, layout.status)]
         if layout.wide:
             cells += ["  ", _cell(kernel, KERNEL)]
     line = Text.assemble(*cells, style=style, no_wrap=True)
+    line.truncate(layout.width)
     line.rstrip()
     return line
 
@@ -660,13 +672,19 @@ def _axes(case: CaseRecord) -> dict[str, str]:
 def _parts(case: CaseRecord, *, named: bool) -> list[str]:
     """A case in words: its own axes, then memory format, dtype and shape, the usual ones left out."""
     axes = _axes(case)
+    constant = CONSTANT_INPUT.fullmatch(axes.get("input", ""))
+    if constant is not None:
+        axes = {"value": constant[1], **axes}
+        del axes["input"]
     own = [name for name in axes if name not in ("memory_format", "dtype", "shape")]
     words = []
     for name in own:
-        if axes[name] in ("true", "false"):
-            words.append(name if axes[name] == "true" else f"no {name}")
+        value = _tidy(axes[name])
+        if name == "input":
+            words.append(value)
+        elif value in ("true", "false"):
+            words.append(name if value == "true" else f"no {name}")
         else:
-            value = _tidy(axes[name])
             words.append(f"{name}={value}" if named or len(own) > 1 else value)
     if case.memory_format != "contiguous" or "memory_format" in axes:
         words.append(case.memory_format)

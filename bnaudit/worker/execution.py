@@ -288,6 +288,7 @@ def _outputs(tensors: Tensors, returned: dict[Any, Any]) -> dict[str, tuple[Arra
 
 
 def _call(function: Callable[..., Any], arguments: list[Any], options: dict[str, Any]) -> Any:
+    process = os.getpid()
     try:
         with np.errstate(all="ignore"):
             return function(*arguments, **options)
@@ -295,3 +296,6 @@ def _call(function: Callable[..., Any], arguments: list[Any], options: dict[str,
         raise NoResult("unsupported", printable(str(error)) or "not implemented") from error
     except BaseException as error:  # SystemExit and KeyboardInterrupt are a backend's fault, too
         raise NoResult("raised", describe(error), traced(error)) from error
+    finally:
+        if os.getpid() != process:
+            os._exit(0)  # the backend forked, and this is the copy

@@ -76,14 +76,11 @@ def serve(parent: int) -> None:
     faulthandler.register(signal.SIGUSR1)
     # Nobody reads them here: what matters about a backend is what it returns.
     warnings.simplefilter("ignore")
-    worker, process = Worker(), os.getpid()
+    worker = Worker()
     _send(replies, {"id": 0, "outcome": "done"})
     for line in requests:
         request = json.loads(line.decode("ascii"))
-        reply = worker.answer(request)
-        if os.getpid() != process:
-            os._exit(0)  # a backend forked, and this is the copy
-        _send(replies, dict(reply, id=request["id"]))
+        _send(replies, dict(worker.answer(request), id=request["id"]))
 
 
 def _die_with(parent: int) -> None:

@@ -11,8 +11,11 @@ from typing import Any
 def tensors(
     x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, **options: Any
 ) -> dict[str, Any]:
-    """x as y, grad_output as grad_input, weight and bias as statistics; momentum, dtype and strides as kernel."""
-    outputs: dict[str, Any] = {"y": x.copy(), "kernel": f"{options['momentum']} {x.dtype} {x.strides}"}
+    """x as y, grad_output as grad_input, weight and bias as batch statistics; the rest as kernel."""
+    outputs: dict[str, Any] = {
+        "y": x.copy(),
+        "kernel": f"{options['momentum']} {x.dtype} {x.strides}",
+    }
     if weight is not None:
         outputs.update(batch_mean=weight, batch_var=bias)
     if options["grad_output"] is not None:

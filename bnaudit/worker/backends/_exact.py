@@ -19,6 +19,8 @@ Not finite: a channel in training as soon as one of its values is not; in infere
 a channel whose V + eps is not positive. Magnitudes from 1e-320 to 1e308 are fine.
 """
 
+# ruff: noqa: B905 - zip knows no strict in Python 3.7
+
 from __future__ import annotations
 
 import math
@@ -32,6 +34,8 @@ from ._numpy import channel_rows, empty_batch, from_rows
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
     Pair = Tuple[Array, Array]
+    Fractions = List[Optional[Fraction]]  # one per channel; None: not finite
+    Channels = List[Optional["Channel"]]  # None: no result of the channel is finite
 
 LIMIT = 10**6
 """Largest number of elements of x."""
@@ -59,7 +63,13 @@ def exact_sum(a: Array, b: Optional[Array] = None) -> Fraction:
     limbs, exponent = _limbs(a)
     if b is not None:
         (a0, a1, a2), ((b0, b1, b2), more) = limbs, _limbs(b)
-        limbs = [a0 * b0, a0 * b1 + a1 * b0, a0 * b2 + a1 * b1 + a2 * b0, a1 * b2 + a2 * b1, a2 * b2]
+        limbs = [
+            a0 * b0,
+            a0 * b1 + a1 * b0,
+            a0 * b2 + a1 * b1 + a2 * b0,
+            a1 * b2 + a2 * b1,
+            a2 * b2,
+        ]
         exponent = exponent + more
     lowest = int(exponent.min())
     bins = exponent - lowest
@@ -181,8 +191,8 @@ class Channel(NamedTuple):
 
 
 def _exponent(value: Fraction) -> int:
-    """Return k with 2^(k-1) < |value| < 2^(k+1); 0 for 0."""
-    return value.numerator.bit_length() - value.denominator.bit_length() if value else 0
+    """Return k with 2^(k-1) < |value| < 2^(k+1); for 0, less than that of any float64."""
+    return value.numerator.bit_length() - value.denominator.bit_length() if value else -1100
 
 
 def _parts(value: Fraction, exponent: int, count: int) -> List[float]:
@@ -200,7 +210,9 @@ def _columns(rows: List[List[float]]) -> List[Array]:
     return [column[:, None] for column in np.array(rows, np.float64).T]
 
 
-def _round(high: Array, low: Array, error: Array, exponent: Array, odd: bool) -> Tuple[Array, Array]:
+def _round(
+    high: Array, low: Array, error: Array, exponent: Array, odd: bool
+) -> Tuple[Array, Array]:
     """Round (high + low) · 2^exponent, known to ± error · 2^exponent; also tell what is undecided."""
     if odd:
         even = high.view(np.int64) & 1 == 0
@@ -212,3 +224,284 @@ def _round(high: Array, low: Array, error: Array, exponent: Array, odd: bool) ->
     result = np.ldexp(rounded, exponent)
     in_range = (np.abs(result) >= 2.0**-1021) & np.isfinite(result)
     return result, ~(decided & in_range & (np.abs(high) >= TINY))
+
+
+def _centre(values: Array, centres: List[Fraction]) -> Tuple[Pair, Array, Array]:
+    """Return (values - centre) · 2^-exponent of every channel, the exponents, whether 0 is exact.
+
+    A centre is mean or 0. Its nearest float64 is subtracted first and exactly; no other value is nearer
+    to it, so what is left of the centre is no larger than the difference, and nothing cancels.
+    """
+    largest = np.frexp(np.abs(values).max(axis=1))[1].tolist()
+    exponents = [max(k, _exponent(centre)) for k, centre in zip(largest, centres)]
+    parts = [_parts(centre, k, 3) for k, centre in zip(exponents, centres)]
+    exact = [
+        _scaled(Fraction(part[0]), k) == centre
+        for k, part, centre in zip(exponents, parts, centres)
+    ]
+    exponent = np.array(exponents, np.intc)[:, None]
+    first, second, third = _columns(parts)
+    difference = _two_sum(np.ldexp(values, -exponent), -first)
+    return _add(difference, (-second, -third)), exponent, np.array(exact)[:, None]
+
+
+def _slopes(channels: List[Channel]) -> Tuple[Pair, Array]:
+    """Return weight / sqrt(square) of every channel as a pair in (1/2, 2), and its exponents."""
+    slopes = [channel.weight * _inverse_root(channel.square, 160)[0] for channel in channels]
+    exponents = [_exponent(slope) for slope in slopes]
+    high, low = _columns([_parts(slope, k, 2) for k, slope in zip(exponents, slopes)])
+    return (high, low), np.array(exponents, np.intc)[:, None]
+
+
+def _settle(result: Array, undecided: Array, compute: Callable[..., float], *given: Array) -> None:
+    """Put compute(channel, values of `given`) where the result is undecided, once per distinct value."""
+    known: Dict[Tuple[float, ...], float] = {}
+    for c in np.flatnonzero(undecided.any(axis=1)).tolist():
+        known.clear()
+        for i in np.flatnonzero(undecided[c]).tolist():
+            values = tuple(float(array[c, i]) for array in given)
+            if values not in known:
+                known[values] = compute(c, *values)
+            result[c, i] = known[values]
+
+
+def _y(rows: Array, channels: List[Channel], odd: bool) -> Array:
+    deviation, exponent, exact = _centre(rows, [channel.mean for channel in channels])
+    slope, slope_exponent = _slopes(channels)
+    product_exponent = exponent + slope_exponent
+    bias_exponent = [_exponent(channel.bias) for channel in channels]
+    exponent = np.maximum(product_exponent, np.array(bias_exponent, np.intc)[:, None])
+    high, low = _multiply(deviation, slope)
+    drop = product_exponent - exponent
+    product = np.ldexp(high, drop), np.ldexp(low, drop)
+    scales = zip(channels, exponent[:, 0].tolist())
+    (bias,) = _columns([_parts(channel.bias, k, 1) for channel, k in scales])
+    y = _add(product, (bias, np.zeros_like(bias)))
+    error = ERROR * (np.abs(product[0]) + np.abs(bias))
+    result, undecided = _round(y[0], y[1], error, exponent, odd)
+    # At the mean, or with weight 0, y is the bias.
+    only_bias = (exact & (deviation[0] == 0)) | (slope[0] == 0)
+    (bias,) = _columns([[nearest(channel.bias)] for channel in channels])
+    result = np.where(only_bias, bias, result)
+
+    def compute(c: int, x: float) -> float:
+        mean, square, weight, bias = channels[c]
+        return round_quotient(weight * (Fraction(x) - mean), square, bias, _rounding(odd))
+
+    _settle(result, undecided & ~only_bias, compute, rows)
+    return result
+
+
+def _grad_input(
+    rows: Array,
+    grads: Array,
+    channels: List[Channel],
+    shifts: List[Fraction],
+    tilts: List[Fraction],
+    odd: bool,
+) -> Array:
+    """Return (dy - shift - (x - mean) · tilt) · weight / sqrt(square)."""
+    deviation, exponent, _ = _centre(rows, [channel.mean for channel in channels])
+    grad, grad_exponent, _ = _centre(grads, shifts)
+    slope, slope_exponent = _slopes(channels)
+    unit = (grad_exponent - exponent)[:, 0].tolist()
+    high, low = _columns([_parts(tilt, k, 2) for k, tilt in zip(unit, tilts)])
+    high, low = _multiply(deviation, (high, low))
+    product = _multiply(_add(grad, (-high, -low)), slope)
+    error = ERROR * (np.abs(grad[0]) + np.abs(high))
+    result, undecided = _round(product[0], product[1], error, grad_exponent + slope_exponent, odd)
+    flat = slope[0] == 0
+    result = np.where(flat, 0.0, result)
+
+    def compute(c: int, x: float, dy: float) -> float:
+        mean, square, weight, _ = channels[c]
+        value = Fraction(dy) - shifts[c] - (Fraction(x) - mean) * tilts[c]
+        return round_quotient(weight * value, square, Fraction(0), _rounding(odd))
+
+    tilted = np.array([tilt != 0 for tilt in tilts])[:, None]
+    _settle(result, undecided & ~flat, compute, np.where(tilted, rows, 0.0), grads)
+    return result
+
+
+def _rounding(odd: bool) -> Callable[[Fraction], float]:
+    return to_odd if odd else nearest
+
+
+# --- the layer --------------------------------------------------------------------------------------
+
+
+def _fraction(value: float) -> Optional[Fraction]:
+    return Fraction(float(value)) if math.isfinite(value) else None
+
+
+def _moments(rows: Array) -> Tuple[Fractions, Fractions]:
+    """Return mean and biased variance of every row."""
+    means: Fractions = []
+    variances: Fractions = []
+    for row in rows:
+        finite = bool(np.isfinite(row).all())
+        mean = exact_sum(row) / row.size if finite else None
+        means.append(mean)
+        variances.append(None if mean is None else exact_sum(row, row) / row.size - mean * mean)
+    return means, variances
+
+
+def _running(before: Array, batch: Fractions, momentum: float, correction: Fraction) -> Fractions:
+    """Return (1 - momentum) · before + momentum · correction · batch."""
+    w = Fraction(momentum)
+    olds = [_fraction(value) for value in before]
+    return [
+        None if old is None or new is None else (1 - w) * old + w * correction * new
+        for old, new in zip(olds, batch)
+    ]
+
+
+def _channels(
+    means: Fractions, variances: Fractions, eps: float, weights: Array, biases: Array
+) -> Channels:
+    channels: Channels = []
+    for mean, var, weight, bias in zip(means, variances, weights, biases):
+        w, b = _fraction(weight), _fraction(bias)
+        if mean is None or var is None or w is None or b is None or var + Fraction(eps) <= 0:
+            channels.append(None)
+        else:
+            channels.append(Channel(mean, var + Fraction(eps), w, b))
+    return channels
+
+
+def _column(values: Fractions, dtype: Any) -> Array:
+    """Round one value per channel."""
+    rounding = _rounding(dtype != np.float64)
+    rounded = [math.nan if value is None else rounding(value) for value in values]
+    return np.array(rounded).astype(dtype)
+
+
+def _invstd_times(values: Fractions, channels: Channels, dtype: Any) -> Array:
+    """Round value / sqrt(square), one per channel."""
+    rounding = _rounding(dtype != np.float64)
+    rounded = [
+        math.nan
+        if value is None or channel is None
+        else round_quotient(value, channel.square, Fraction(0), rounding)
+        for value, channel in zip(values, channels)
+    ]
+    return np.array(rounded).astype(dtype)
+
+
+def _forward(rows: Array, channels: Channels, odd: bool) -> Array:
+    """Return y, (C, n)."""
+    y = np.full(rows.shape, np.nan)
+    chosen = [c for c, channel in enumerate(channels) if channel is not None]
+    known = [channel for channel in channels if channel is not None]
+    if known:
+        given = rows[chosen]
+        finite = np.isfinite(given)
+        # Only in inference is there a value that is not finite: it stays the infinity or NaN it is.
+        (weight,) = _columns([[nearest(channel.weight)] for channel in known])
+        right = _y(np.where(finite, given, 0.0), known, odd)
+        y[chosen] = np.where(finite, right, given * weight)
+    return y
+
+
+def _backward(
+    rows: Array, grads: Array, channels: Channels, training: bool, dtype: Any
+) -> Dict[str, Array]:
+    """Return grad_input, (C, n), grad_weight and grad_bias, (C,)."""
+    totals: Fractions = []
+    products: Fractions = []
+    for row, grad, channel in zip(rows, grads, channels):
+        total = exact_sum(grad) if np.isfinite(grad).all() else None
+        totals.append(total)
+        if total is None or channel is None or not np.isfinite(row).all():
+            products.append(None)
+        else:
+            products.append(exact_sum(row, grad) - channel.mean * total)
+
+    n = rows.shape[1]
+    chosen: List[int] = []
+    known: List[Channel] = []
+    shifts: List[Fraction] = []
+    tilts: List[Fraction] = []
+    for c, (total, product, channel) in enumerate(zip(totals, products, channels)):
+        if channel is None or (training and product is None):
+            continue
+        chosen.append(c)
+        known.append(channel)
+        shifts.append(total / n if training and total is not None else Fraction(0))
+        tilts.append(
+            product / n / channel.square if training and product is not None else Fraction(0)
+        )
+    grad_input = np.full(rows.shape, np.nan)
+    if known:
+        given, x = grads[chosen], rows[chosen]
+        finite = np.isfinite(given)
+        (weight,) = _columns([[nearest(channel.weight)] for channel in known])
+        right = _grad_input(
+            np.where(np.isfinite(x), x, 0.0),
+            np.where(finite, given, 0.0),
+            known,
+            shifts,
+            tilts,
+            dtype != np.float64,
+        )
+        grad_input[chosen] = np.where(finite, right, given * weight)
+    return {
+        "grad_input": grad_input,
+        "grad_weight": _invstd_times(products, channels, dtype),
+        "grad_bias": _column(totals, dtype),
+    }
+
+
+def exact(
+    x: Array,
+    weight: Optional[Array],
+    bias: Optional[Array],
+    running_mean: Array,
+    running_var: Array,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    grad_output: Optional[Array] = None,
+) -> Dict[str, Array]:
+    """Return every output, also invstd, rounded as the module says.
+
+    Raises NotImplementedError for more than LIMIT elements.
+    """
+    if x.size > LIMIT:
+        raise NotImplementedError("exact takes up to %d elements, these are %d" % (LIMIT, x.size))
+    if x.shape[0] == 0:
+        backward = grad_output is not None
+        return empty_batch(x, weight, bias, running_mean, running_var, training, backward)
+    rows = channel_rows(x).astype(np.float64)
+    count, n = rows.shape
+    weights = np.ones(count) if weight is None else weight.astype(np.float64)
+    biases = np.zeros(count) if bias is None else bias.astype(np.float64)
+    outputs = {}
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        if training:
+            means, variances = _moments(rows)
+            outputs["batch_mean"] = _column(means, x.dtype)
+            outputs["batch_var"] = _column(variances, x.dtype)
+            mean = _running(running_mean, means, momentum, Fraction(1))
+            var = _running(running_var, variances, momentum, Fraction(n, max(n - 1, 1)))
+            outputs["running_mean"] = _column(mean, x.dtype)
+            outputs["running_var"] = _column(var, x.dtype)
+        else:
+            means = [_fraction(value) for value in running_mean]
+            variances = [_fraction(value) for value in running_var]
+        channels = _channels(means, variances, eps, weights, biases)
+        outputs["invstd"] = _invstd_times([Fraction(1)] * count, channels, x.dtype)
+        outputs["y"] = from_rows(_forward(rows, channels, x.dtype != np.float64), x.shape)
+        if grad_output is not None:
+            grads = channel_rows(grad_output).astype(np.float64)
+            gradients = _backward(rows, grads, channels, training, x.dtype)
+            outputs["grad_input"] = from_rows(gradients["grad_input"], x.shape)
+            if weight is not None:
+                outputs["grad_weight"] = gradients["grad_weight"]
+            if bias is not None:
+                outputs["grad_bias"] = gradients["grad_bias"]
+    return outputs
+
+
+exact.widened = True  # type: ignore[attr-defined]

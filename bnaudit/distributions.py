@@ -443,7 +443,7 @@ def read_array(path: Path, key: str | None) -> Array:
     readers = {".npy": _read_npy, ".npz": _read_npz, ".safetensors": _read_safetensors}
     reader = readers.get(path.suffix)
     if reader is None:
-        raise FileError(f"{path.name} is not a {', '.join(readers)} file")
+        raise FileError(f"{path.name} is not a .npy, .npz or .safetensors file")
     if path.suffix == ".npy" and key is not None:
         raise FileError(f"{path.name} holds one array and takes no key")
     try:
@@ -465,7 +465,7 @@ def _read_npy(path: Path, key: str | None) -> Array:
 
 
 def _read_npz(path: Path, key: str | None) -> Array:
-    with np.load(path, allow_pickle=False) as arrays:
+    with path.open("rb") as stream, np.lib.npyio.NpzFile(stream, allow_pickle=False) as arrays:
         array: Array = arrays[_chosen(path, key, arrays.files)]
         return array
 

@@ -60,12 +60,14 @@ def widen(array: Array, dtype: str) -> Array:
     if dtype == "bfloat16":
         widened: Array = (np.asarray(array).astype(np.uint32) << np.uint32(16)).view(np.float32)
         return widened
-    return np.asarray(array).astype(statistics_dtype(dtype), copy=False)
+    with np.errstate(invalid="ignore"):  # which a signalling NaN would raise
+        return np.asarray(array).astype(statistics_dtype(dtype), copy=False)
 
 
 def widen64(array: Array, dtype: str) -> Array:
     """Values stored as `dtype`, exactly, as float64."""
-    return widen(array, dtype).astype(np.float64, copy=False)
+    with np.errstate(invalid="ignore"):
+        return widen(array, dtype).astype(np.float64, copy=False)
 
 
 def _round_to_odd(values: Array) -> npt.NDArray[np.uint32]:

@@ -1,0 +1,520 @@
+"""The command line: what it prints where, how it exits, and what an interruption leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from click.testing import CliRunner
+from jsonschema import Draft202012Validator
+from standins import CONSTANT, ENVIRONMENT, OFFSET, facts, result, scenarios, typical
+
+from bnaudit import __version__, audit, subject
+from bnaudit.cli import cli, main
+from bnaudit.report import json_schema, load
+from bnaudit.worker.backends import BACKENDS
+
+COMMANDS = ("run", "list", "schema", "doctor")
+
+
+class Outcome:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code = code
+        self.out = out
+        self.err = err
+
+
+Invoke = Callable[..., Outcome]
+
+
+@pytest.fixture
+def invoke(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Invoke:
+    """Runs the command line in this process, in a folder of its own with a scenario file."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("FORCE_COLOR", "NO_COLOR", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "s.yaml").write_text(f"{CONSTANT}---{OFFSET}")
+
+    def run(*arguments: str) -> Outcome:
+        with pytest.raises(SystemExit) as exit_info:
+            main(list(arguments))
+        out, err = capsys.readouterr()
+        return Outcome(int(exit_info.value.code or 0), out, err)
+
+    return run
+
+
+class Subject:
+    """Knows torch@cuda to be unavailable, and starts nothing."""
+
+    name = "current"
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+    def __enter__(self) -> Subject:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def describe(self, backends: Sequence[str]) -> dict[str, str | None]:
+        return {name: "no GPU" if name.endswith("cuda") else None for name in backends}
+
+    def environment(self) -> dict[str, Any]:
+        return ENVIRONMENT
+
+
+class Mock:
+    """Stands for the audit: yields `events`, raises those that are exceptions; keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = typical()
+        self.given: dict[str, Any] = {}
+
+    def run(self, loaded: Any, selection: Any, owner: Any, scratch: Path, **options: Any) -> Any:
+        self.given = {"loaded": loaded, "selection": selection, "subject": owner, **options}
+        for event in self.events:
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+
+
+@pytest.fixture
+def mock(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    mock = Mock()
+    monkeypatch.setattr(audit, "run", mock.run)
+    monkeypatch.setattr(subject, "Subject", Subject)
+    return mock
+
+
+def events(*statuses: str, backend: str = "torch@cpu") -> list[Any]:
+    case = scenarios()[1].cases[0]
+    return [facts(case), *(result(case, backend, status) for status in statuses)]
+
+
+# --- run, with an audit that is made up ------------------------------------------------------------
+
+
+def test_a_run_prints_rows_findings_and_the_verdict_and_saves_a_report(
+    invoke: Invoke, mock: Mock
+) -> None:
+    outcome = invoke("run", "s.yaml", "--json", "reports/r.json", "-q")
+    assert outcome.code == 1
+    assert outcome.err == ""
+    lines = outcome.out.splitlines()
+    assert lines[0].endswith("torch 2.13.0+cpu, 2 threads, 6 cases")
+    assert lines[1] == "Gating: torch@cpu"
+    assert lines[4].split() == [
+        "scenario",
+        "backend",
+        "worst",
+        "case",
+        "off",
+        "by",
+        "×bound",
+        "status",
+    ]
+    assert "0.467 σ     91  FAIL 1/4" in lines[5]
+    assert "[1] FAIL torch@cpu constant-channel value=3.3 channels_last 32x64x56x56" in lines
+    assert lines[-3:] == [
+        "FAIL (exit 1)",
+        "σ: standard deviations of y.  ×bound: 1 = worst a stable algorithm may do.",
+        "report reports/r.json",
+    ]
+    saved = load(Path("reports/r.json"))
+    assert (saved.verdict, saved.exit_code, len(saved.results)) == ("fail", 1, 26)
+    assert {r.finding for r in saved.results if r.status == "fail"} == {1, 2, 3}
+
+
+def test_the_rows_of_a_scenario_are_printed_when_it_is_complete_and_saved(
+    invoke: Invoke, mock: Mock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[bool, int]] = []
+    original = typical()
+
+    def watched(*arguments: Any, **options: Any) -> Iterator[Any]:
+        printed = ""
+        for event in original:
+            printed += capsys.readouterr().out
+            saved = json.loads(Path("r.json").read_bytes())
+            seen.append(("FAIL 1/4" in printed, len(saved["results"])))
+            yield event
+
+    monkeypatch.setattr(audit, "run", watched)
+    invoke("run", "s.yaml", "--json", "r.json", "-q")
+    complete = next(
+        i for i, event in enumerate(original) if isinstance(event, audit.ControlOutcome)
+    )
+    assert [printed for printed, _ in seen] == [i > complete for i in range(len(original))]
+    assert [saved for _, saved in seen] == [
+        sum(isinstance(event, audit.Result) for event in original[:i]) for i in range(len(original))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "code", "verdict"),
+    [
+        (events("pass"), [], 0, "PASS (exit 0)"),
+        (events("warn", "pass"), [], 0, "WARN (exit 0)"),
+        (events("warn"), ["--fail-on", "warn"], 1, "FAIL (exit 1: --fail-on warn)"),
+        (events("fail"), [], 1, "FAIL (exit 1)"),
+        (events("fail"), ["--fail-on", "never"], 0, "FAIL (exit 0: --fail-on never)"),
+        (events("crash", "fail"), [], 3, "INCOMPLETE (exit 3): torch@cpu died in 1 case"),
+        (
+            events("timeout"),
+            ["--fail-on", "never"],
+            3,
+            "INCOMPLETE (exit 3): torch@cpu died in 1 case",
+        ),
+        (events("unavailable"), [], 5, "NOTHING-GATED (exit 5): nothing ran"),
+        (
+            events("unavailable"),
+            ["--require", "torch@cpu"],
+            3,
+            "INCOMPLETE (exit 3): asked for and unavailable: torch@cpu",
+        ),
+        (
+            events("pass", "fail", backend="gemm@cpu"),
+            [],
+            5,
+            "NOTHING-GATED (exit 5): only specimens ran",
+        ),
+        (
+            [*events("fail"), audit.ControlOutcome("large-offset", "a", "fail", "0 of 1", False)],
+            [],
+            4,
+            "UNTRUSTED (exit 4): a control did not behave, so nothing here can be trusted",
+        ),
+        ([], [], 5, "NOTHING-GATED (exit 5): nothing ran"),
+    ],
+)
+def test_exit_code_verdict_and_report_agree(
+    invoke: Invoke, mock: Mock, made: list[Any], options: list[str], code: int, verdict: str
+) -> None:
+    mock.events = made
+    outcome = invoke("run", "s.yaml", "--json", "r.json", *options)
+    assert outcome.code == code
+    assert f"\n{verdict}\n" in outcome.out
+    saved = load(Path("r.json"))
+    assert saved.exit_code == code
+    assert saved.verdict.upper() == verdict.partition(" ")[0]
+
+
+def test_the_options_reach_the_audit(invoke: Invoke, mock: Mock) -> None:
+    options = "-b welford -b torch@cpu --require gemm@cpu -k constant -x --threads 3 --timeout 7.5"
+    invoke("run", "s.yaml", *options.split())
+    assert mock.given["selection"] == [
+        audit.Selected("welford@cpu", gated=True, required=True),
+        audit.Selected("torch@cpu", gated=True, required=True),
+        audit.Selected("gemm@cpu", gated=False, required=True),
+    ]
+    assert mock.given["stop_early"] is True
+    assert mock.given["matches"]("CONSTANT-channel/x", "torch@cpu") is True
+    assert mock.given["matches"]("large-offset/x", "torch@cpu") is False
+    assert [s.name for s in mock.given["loaded"]] == ["constant-channel", "large-offset"]
+    threads_and_timeout = {"threads": 3, "timeout": 7.5}
+    assert mock.given["subject"].options.items() >= threads_and_timeout.items()
+
+
+def test_a_run_that_stopped_early_says_so(invoke: Invoke, mock: Mock) -> None:
+    mock.events = events("fail")
+    assert "stopped at the first gated failure (-x)\n" in invoke("run", "s.yaml", "-x").out
+
+
+def test_the_report_on_stdout_leaves_the_table_to_stderr(invoke: Invoke, mock: Mock) -> None:
+    outcome = invoke("run", "s.yaml", "--json", "-", "-q")
+    Draft202012Validator(json_schema()).validate(json.loads(outcome.out))
+    assert "FAIL 1/4" in outcome.err
+    assert "FAIL (exit 1)\n" in outcome.err
+
+
+def test_verbose_lists_every_row(invoke: Invoke, mock: Mock) -> None:
+    out = invoke("run", "s.yaml", "-v").out
+    assert "large-offset" in out
+    assert "torch@cuda      unavailable: no GPU" in out
+
+
+def test_progress_is_a_line_now_and_then_where_no_bar_can_be_drawn(
+    invoke: Invoke, mock: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bnaudit.progress.INTERVAL", 0.0)
+    outcome = invoke("run", "s.yaml")
+    first, *_, last = outcome.err.splitlines()
+    assert first == "0/6 cases, 0 s: constant-channel/value=100,memory_format=contiguous"
+    assert last == "5/6 cases, 0 s: large-offset/mean=1000000.0"
+    assert "cases, 0 s" not in outcome.out
+    assert invoke("run", "s.yaml", "-q").err == ""
+
+
+@pytest.mark.parametrize(("columns", "width"), [(None, 80), ("100", 100), ("120", 120)])
+def test_columns_decides_the_width(
+    invoke: Invoke, mock: Mock, monkeypatch: pytest.MonkeyPatch, columns: str | None, width: int
+) -> None:
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    lines = invoke("run", "s.yaml", "-q").out.splitlines()
+    assert width - 12 <= max(len(line) for line in lines) <= width
+    assert ("kernel" in lines[4]) == (width >= 120)
+
+
+def test_colour_follows_the_environment(
+    invoke: Invoke, mock: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "\x1b[" not in invoke("run", "s.yaml").out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert "\x1b[1;31m" in invoke("run", "s.yaml").out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[1;31m" not in invoke("run", "s.yaml").out
+
+
+def test_an_interrupted_run_saves_what_it_has(invoke: Invoke, mock: Mock) -> None:
+    mock.events = [*typical()[:9], KeyboardInterrupt()]
+    outcome = invoke("run", "s.yaml", "--json", "r.json")
+    assert outcome.code == 130
+    assert outcome.err == "bnaudit: interrupted after 7 results, which are in r.json\n"
+    saved = load(Path("r.json"))
+    assert (saved.verdict, saved.exit_code, len(saved.results)) == ("interrupted", 130, 7)
+
+
+def test_a_second_interruption_does_not_disturb_the_first(
+    invoke: Invoke, mock: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> Iterator[Any]:
+        yield from typical()[:9]
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(audit, "run", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    assert invoke("run", "s.yaml").code == 130
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_fault_of_the_tool_is_one_line_and_its_traceback_is_asked_for(
+    invoke: Invoke, mock: Mock
+) -> None:
+    mock.events = [*typical()[:9], ZeroDivisionError("by zero")]
+    outcome = invoke("run", "s.yaml", "--json", "r.json", "-q")
+    message = "bnaudit: internal error: ZeroDivisionError: by zero (-v shows where)\n"
+    assert (outcome.code, outcome.err) == (3, message)
+    assert len(load(Path("r.json")).results) == 7
+    err = invoke("run", "s.yaml", "-v").err
+    assert "Traceback (most recent call last)" in err
+    assert err.endswith(message)
+
+
+# --- errors ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["run", "nowhere.yaml"], "nowhere.yaml: "),
+        (["run", "bad.yaml"], "bad.yaml:2:1: shapes: "),
+        (["run", "s.yaml", "-b", "welfrod"], "did you mean 'welford'?"),
+        (["run", "s.yaml", "--require", "torch@gpu"], "did you mean 'torch@cpu'?"),
+        (["run", "s.yaml", "-k", "a b"], "at position 3 of 'a b'"),
+        (["run", "s.yaml", "--threads", "0"], "'--threads': 0 is not in the range x>=1"),
+        (["run", "s.yaml", "--timeout", "0"], "'--timeout': 0.0 is not in the range x>0"),
+        (["run", "s.yaml", "--fail-on", "sometimes"], "'sometimes' is not one of"),
+        (["run", "s.yaml", "--json", "s.yaml/r.json"], "cannot write the report "),
+        (["run", "s.yaml", "--json", "."], "it is a folder"),
+        (["run", "s.yaml", "-q", "-v"], "-q and -v exclude each other (see bnaudit run --help)"),
+        (["run", "--jsno", "r.json"], "No such option '--jsno'"),
+        (["rnu"], "No such command 'rnu'"),
+        (["list", "frameworks"], "'frameworks' is not one of"),
+        (["list", "backends", "s.yaml"], "list backends takes no PATH"),
+        (["list", "cases", "nowhere"], "nowhere: "),
+        (["schema", "inputs"], "'inputs' is not one of"),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr_and_exit_2(
+    invoke: Invoke, arguments: list[str], complaint: str
+) -> None:
+    Path("bad.yaml").write_text("name: bad\nshapes: [1, 2]\n")
+    outcome = invoke(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("bnaudit: ")
+    assert complaint in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_a_mistake_leaves_an_earlier_report_alone(invoke: Invoke) -> None:
+    Path("r.json").write_text("precious")
+    invoke("run", "s.yaml", "-b", "welfrod", "--json", "r.json")
+    assert Path("r.json").read_text() == "precious"
+
+
+# --- the other commands ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], *([command] for command in COMMANDS)])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_every_command_explains_itself_within_80_columns(arguments: list[str], option: str) -> None:
+    outcome = CliRunner().invoke(cli, [*arguments, option], prog_name="bnaudit")
+    assert outcome.exit_code == 0
+    assert outcome.output.startswith("Usage: bnaudit")
+    assert max(len(line) for line in outcome.output.splitlines()) <= 80
+
+
+def test_the_version_is_printed(invoke: Invoke) -> None:
+    assert invoke("--version").out == f"bnaudit {__version__}\n"
+
+
+def test_listed_backends_say_why_they_are_unavailable(invoke: Invoke, mock: Mock) -> None:
+    lines = invoke("list").out.splitlines()
+    assert invoke("list", "backends").out.splitlines() == lines
+    index = next(i for i, line in enumerate(lines) if line.startswith("torch@cuda "))
+    assert lines[index].split() == ["torch@cuda", "real", "default", "unavailable"]
+    assert "    unavailable: no GPU" in lines[index:]
+    assert [line.split()[0] for line in lines if line[0] != " "] == list(BACKENDS)
+    assert max(len(line) for line in lines) <= 80
+
+
+def test_listed_scenarios_have_the_first_sentence_of_their_description(invoke: Invoke) -> None:
+    assert invoke("list", "scenarios", "s.yaml").out == (
+        "constant-channel  4  A channel that holds one value.\n"
+        "large-offset      2  The mean is far from zero.\n"
+    )
+
+
+def test_listed_cases_are_their_ids(invoke: Invoke) -> None:
+    lines = invoke("list", "cases", "s.yaml").out.splitlines()
+    assert lines == [case.id for scenario in scenarios() for case in scenario.cases]
+
+
+def test_shipped_scenarios_are_listed_without_a_path(invoke: Invoke) -> None:
+    assert invoke("list", "scenarios").out.startswith("smoke ")
+
+
+@pytest.mark.parametrize("what", [[], ["scenario"], ["report"]])
+def test_schemas_are_json_schemas(invoke: Invoke, what: list[str]) -> None:
+    schema = json.loads(invoke("schema", *what).out)
+    Draft202012Validator.check_schema(schema)
+    assert ("exit_code" in schema["properties"]) == (what == ["report"])
+
+
+def test_doctor_names_the_command_that_installs_what_is_missing(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "bnaudit.doctor.OPTIONAL", {"no-such-package": ("something", "pip install this")}
+    )
+    outcome = invoke("doctor", "--threads", "1")
+    assert outcome.code == 0
+    topics = {line.split("  ")[0] for line in outcome.out.splitlines()}
+    assert topics >= {
+        "interpreter",
+        "processor",
+        "arithmetic",
+        "BLAS",
+        "threads",
+        "packages",
+        "GPU",
+    }
+    assert "1 for the backends" in outcome.out
+    assert "not installed; needed for something: pip install this\n" in outcome.out
+
+
+# --- as a process ----------------------------------------------------------------------------------
+
+
+def process(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "bnaudit", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(("arguments", "heavy"), [(["--help"], False), (["list", "cases"], True)])
+def test_help_imports_nothing_heavy(arguments: list[str], heavy: bool) -> None:
+    code = (
+        "import sys\nfrom bnaudit.cli import main\n"
+        f"try: main({arguments})\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'numpy', 'numba', 'rich', 'pydantic', 'yaml', 'torch'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (run.stdout.splitlines()[-1] != "[]") == heavy
+
+
+PLUGIN = """
+import time
+
+def batch_norm(x, weight, bias, running_mean, running_var, *, training, momentum, eps, grad_output=None):
+    with open({log!r}, "a") as log:
+        print("called", file=log)
+    time.sleep(0.05)
+    return x
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_leaves_a_valid_report_no_processes_and_no_files(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    log = tmp_path / "log"
+    (tmp_path / "my_bn.py").write_text(PLUGIN.format(log=str(log)))
+    cases = OFFSET.replace("[10, 1e6]", str(list(range(200)))).replace("[4, 8,", "[1, 2,")
+    (tmp_path / "s.yaml").write_text(cases)
+    arguments = ("run", "s.yaml", "-b", "my_bn.py:batch_norm", "--json", "r.json")
+    with process(*arguments, cwd=tmp_path, start_new_session=True) as run:
+        deadline = time.monotonic() + 60
+        while not log.exists() or len(log.read_text().splitlines()) < 5:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        workers = psutil.Process(run.pid).children(recursive=True)
+        assert workers
+        run.send_signal(number)
+        _, err = run.communicate(timeout=30)
+    calls = len(log.read_text().splitlines())
+    saved = load(tmp_path / "r.json")
+    assert saved.verdict == "interrupted"
+    assert calls - 1 <= len(saved.results) <= calls
+    psutil.wait_procs(workers, timeout=10)
+    assert not any(worker.is_running() for worker in workers)
+    if number != signal.SIGKILL:
+        assert run.returncode == 130
+        assert (
+            err == f"bnaudit: interrupted after {len(saved.results)} results, which are in r.json\n"
+        )
+        for folder in (Path("/dev/shm"), Path("/tmp")):
+            assert not list(folder.glob(f"bnaudit-{run.pid}-*"))
+        assert {path.name for path in tmp_path.iterdir()} == {"log", "my_bn.py", "s.yaml", "r.json"}
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    for arguments in (("list", "cases"), ("schema", "report")):
+        with process(*arguments) as run:
+            assert run.stdout is not None
+            assert run.stderr is not None
+            run.stdout.close()
+            assert run.stderr.read() == ""
+
+
+def test_a_closed_stdout_and_a_poor_locale_are_survived() -> None:
+    command = [sys.executable, "-m", "bnaudit", "list", "scenarios"]
+    closed = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], capture_output=True)
+    assert (closed.returncode, closed.stderr) == (0, b"")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    poor = subprocess.run([*command[:-1], "backends"], capture_output=True, env=environment)
+    assert (poor.returncode, poor.stderr) == (0, b"")

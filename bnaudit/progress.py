@@ -29,6 +29,8 @@ class CaseProgress:
         self._line_at = self._start = time.monotonic()
         if not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             self._lines = False
+            console = Console(stderr=True)
+            console.width -= len("^C ")  # which the terminal echoes; a full line would break there
             self._bar = Progress(
                 BarColumn(bar_width=20),
                 MofNCompleteColumn(),
@@ -38,7 +40,7 @@ class CaseProgress:
                     markup=False,
                     table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
                 ),
-                console=Console(stderr=True),
+                console=console,
                 transient=True,
                 expand=True,
             )

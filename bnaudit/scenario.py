@@ -644,18 +644,19 @@ def _suggestion(found: object, choices: Iterable[str]) -> str:
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema of a scenario as it is written, its axes included."""
-    header = Header.model_json_schema(ref_template="#/$defs/{model}")
-    parameters = Parameters.model_json_schema(ref_template="#/$defs/{model}")
+    header = _tidied(Header.model_json_schema())
+    parameters = _tidied(Parameters.model_json_schema())
+    definitions = parameters["$defs"]
     for name in ("Affine", "Running"):
-        fields = parameters["$defs"][name]["properties"]
+        fields = definitions[name]["properties"]
         for field, distribution in fields.items():
             fields[field] = {"anyOf": [{"type": "number"}, distribution]}
-    definitions = parameters["$defs"]
     for owner in (parameters, *definitions.values()):
-        owner["properties"] = {
-            name: {"anyOf": [schema, {"type": "array", "items": schema, "minItems": 1}]}
-            for name, schema in owner["properties"].items()
-        }
+        for field, schema in owner["properties"].items():
+            axis = {"type": "array", "items": schema, "minItems": 1}
+            if field == "distribution":  # an axis of names: each one's schema must allow the others
+                axis = {"type": "array", "items": {"enum": [*DISTRIBUTIONS]}, "contains": schema}
+            owner["properties"][field] = {"anyOf": [schema, axis]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "bnaudit scenario",
@@ -664,4 +665,18 @@ def json_schema() -> dict[str, Any]:
         "required": ["name", "input"],
         "additionalProperties": False,
         "$defs": {**header["$defs"], **definitions},
+    }
+
+
+def _tidied(schema: Any) -> Any:
+    """A schema of pydantic without generated titles and defaults, its unions open to axes of names."""
+    if isinstance(schema, list):
+        return [_tidied(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        "anyOf" if key == "oneOf" else key: _tidied(value)
+        for key, value in schema.items()
+        if key not in ("title", "discriminator")
+        and not (key == "default" and isinstance(value, dict))
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -518,3 +519,38 @@ def test_a_closed_stdout_and_a_poor_locale_are_survived() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     poor = subprocess.run([*command[:-1], "backends"], capture_output=True, env=environment)
     assert (poor.returncode, poor.stderr) == (0, b"")
+
+
+# --- the README ------------------------------------------------------------------------------------
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def example(language: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_every_command_backend_and_exit_code_is_documented() -> None:
+    for command in COMMANDS:
+        assert f"bnaudit {command}" in README
+    for name in BACKENDS:
+        assert name in README or f"`{name.partition('@')[0]}`" in README
+    assert all(f"| {status} |" in README for status in (0, 1, 2, 3, 4, 5, 130))
+
+
+def test_the_scenario_of_the_readme_can_be_loaded(invoke: Invoke) -> None:
+    Path("my.yaml").write_text(example("yaml"))
+    assert len(invoke("list", "cases", "my.yaml").out.splitlines()) == 24
+
+
+def test_the_plugin_of_the_readme_passes_an_easy_case(invoke: Invoke) -> None:
+    Path("my_bn.py").write_text(example("python"))
+    Path("easy.yaml").write_text(
+        "name: easy\ndescription: Nothing hard.\ninput: {distribution: normal}\nshape: [2, 3, 4, 4]\n"
+        "mode: [training, inference]\n"
+    )
+    outcome = invoke("run", "easy.yaml", "-b", "my_bn.py:batch_norm")
+    assert "PASS (exit 0)" in outcome.out
+    assert outcome.code == 0

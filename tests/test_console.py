@@ -65,7 +65,7 @@ def table(made: Report, width: int = 80, *, verbose: bool = False, color: bool =
 def test_the_founding_story_is_seen_at_a_glance() -> None:
     assert table(report()) == (
         " scenario       backend         worst case           off by ×bound  status\n"
-        " constant-cha…  torch@cpu       3.3 channels_last   0.467 σ     91  FAIL 1/4\n"
+        " consta…hannel  torch@cpu       3.3 channels_last   0.467 σ     91  FAIL 1/4\n"
         "                caffe-2016@cpu  3.3 contiguous     0.0321 σ   0.09 (fail 4/4)\n"
         "                welford@cpu, exact@cpu               1e-7 σ   0.02 (pass)\n"
     )
@@ -293,6 +293,55 @@ def test_numbers_that_look_alike_get_more_digits() -> None:
 )
 def test_numbers_are_short(value: float | None, digits: int, text: str) -> None:
     assert console._number(value, digits) == text
+
+
+@pytest.mark.parametrize(
+    ("axes", "label", "brief"),
+    [
+        ("value=3.3", "value=3.3", "3.3"),
+        ("input=constant(value=100.0)", "value=100", "100"),
+        ("mean=1000000.0,std=1e-06", "mean=1e6 std=1e-6", "mean=1e6 std=1e-6"),
+        ("input=normal(mean=10000.0)", "normal(mean=10000)", "mean=10000"),
+        ("input=wide(low=-30,high=30)", "wide(low=-30,high=30)", "wide -30,30"),
+        ("input=normal", "normal", "normal"),
+        ("affine=(weight=-2,bias=0.5)", "affine=(weight=-2,bias=0.5)", "weight=-2,bias=0.5"),
+        ("affine=null", "affine=null", "null"),
+        ("backward=true,eps=1e-05", "backward eps=1e-5", "backward eps=1e-5"),
+        ("backward=false", "no backward", "no backward"),
+        ("", "", ""),
+    ],
+)
+def test_a_case_is_told_by_its_axes(axes: str, label: str, brief: str) -> None:
+    (case,) = report(facts(scenarios(OFFSET)[0].cases[0])).cases
+    case = case.model_copy(update={"id": f"large-offset/{axes}" if axes else "large-offset"})
+    assert console._label(case) == f"{label} 4x8x16x16".lstrip()
+    assert console._brief(case, 80) == f"{brief} 4x8x16x16".lstrip()
+
+
+def test_a_brief_case_has_as_many_parts_as_fit() -> None:
+    case = report(*typical()).cases[3]
+    assert console._brief(case, 80) == "3.3 channels_last 32x64x56x56"
+    assert console._brief(case, 28) == "3.3 channels_last"
+    assert console._brief(case, 16) == "3.3 32x64x56x56"
+    assert console._brief(case, 3) == "3.3"
+
+
+def test_a_specimen_is_represented_by_its_first_finding_in_y() -> None:
+    (scenario,) = scenarios(CONSTANT)
+    first, second, *_ = scenario.cases
+    off = judged("fail", max_sigma_error=None)
+    made = report(
+        facts(first),
+        facts(second),
+        result(first, "caffe-2016@cpu", "fail", quantities={"y": judged(), "batch_var": off}),
+        result(first, "gemm@cpu", "fail", quantities={"y": wrong(0.1)}),
+        result(second, "caffe-2016@cpu", "fail", quantities={"y": wrong(0.2)}),
+    )
+    lines = [line for line in show(closing(made)).splitlines() if line.startswith("[")]
+    assert [line.split()[:3] for line in lines] == [
+        ["[2]", "(fail)", "gemm@cpu"],
+        ["[3]", "(fail)", "caffe-2016@cpu"],
+    ]
 
 
 def test_a_control_that_misbehaved_is_named() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,7 @@ def test_values_do_not_depend_on_the_range_that_they_are_asked_for_in(name: str)
     d = distribution(name, **EXAMPLES[name])
     whole = d.sample(Elements(0, SIZE, SHAPE, "float32", KEY))
     cuts = [0, 1, 2, 29, 30, 31, 84, 200, SIZE]
-    parts = [
-        d.sample(Elements(a, b, SHAPE, "float32", KEY))
-        for a, b in zip(cuts, cuts[1:], strict=False)
-    ]
+    parts = [d.sample(Elements(a, b, SHAPE, "float32", KEY)) for a, b in pairwise(cuts)]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
@@ -263,7 +261,7 @@ def write(path: Path, array: npt.NDArray[Any]) -> Path:
 def test_a_file_gives_its_values_exactly(tmp_path: Path, suffix: str, dtype: str) -> None:
     array = (np.random.default_rng(0).normal(100, 30, SHAPE)).astype(dtype)
     path = write(tmp_path / f"x{suffix}", array)
-    fields = {"path": str(path), "key": None if suffix == ".npy" else "x"}
+    fields: dict[str, Any] = {"path": str(path), "key": None if suffix == ".npy" else "x"}
     np.testing.assert_array_equal(sample("file", **fields), array.astype(np.float64))
     assert distribution("file", **fields).obstacle(SHAPE, "float32") is None
     obstacle = distribution("file", **fields).obstacle((5, 3, 4, 8), "float32")

@@ -57,6 +57,11 @@ DETAIL_LINES = 6
 CONSTANT_INPUT = re.compile(r"constant\(value=([^(),]*)\)")
 """An axis value that is the same as an axis `value`, and is shown as one."""
 
+CALL = re.compile(r"(\w*)\((.*)\)")
+"""An axis value with fields: normal(mean=1,std=2), (mean=0,var=1)."""
+
+NUMBER = re.compile(r"(?<![\w.])-?\d+\.?\d*(e[+-]?\d+)?(?![\w.])")
+
 KEY = "σ: standard deviations of y.  ×bound: 1 = worst a stable algorithm may do."
 
 SPECIMENS_KEY = "Specimens are in (parentheses): they deviate by design, and gate nothing."
@@ -179,8 +184,7 @@ def rows(
     elif shown and green:
         lines.append(_green_row(layout, green))
     if lines:
-        name = Text(cases[results[0].case].scenario)
-        name.truncate(layout.scenario, overflow="ellipsis")
+        name = _shorten(cases[results[0].case].scenario, layout.scenario)
         lines[0] = Text.assemble(" ", name, lines[0][1 + len(name) :])
     return lines
 
@@ -220,7 +224,8 @@ def findings(report: Report, *, verbose: bool = False) -> list[RenderableType]:
         else:
             specimens.setdefault(cluster[0].backend, []).append(cluster[0])
     if specimens:
-        blocks.append(Group(*[_specimen(firsts, context) for firsts in specimens.values()]))
+        ordered = sorted(specimens.values(), key=lambda firsts: _telling(firsts).finding or 0)
+        blocks.append(Group(*[_specimen(firsts, context) for firsts in ordered]))
     return blocks
 
 
@@ -462,11 +467,16 @@ def _cell(text: Text | None, width: int, *, right: bool = False) -> Text:
 
 
 def _shorten(name: str, width: int) -> str:
-    """A name that keeps its telling end: the device, or a plug-in's function."""
+    """A name that keeps its telling end: a backend's device, a plug-in's function, half of a scenario's."""
     if len(name) <= width:
         return name
-    tail = name[-(width - 1) :] if ":" in name else name[name.rfind("@") :]
-    return name[: max(width - 1 - len(tail), 0)] + "…" + tail
+    if ":" in name:
+        kept = width - 1
+    elif "@" in name:
+        kept = min(len(name) - name.rfind("@"), width - 1)
+    else:
+        kept = (width - 1) // 2
+    return f"{name[: width - 1 - kept]}…{name[len(name) - kept :]}"
 
 
 # --- findings --------------------------------------------------------------------------------------
@@ -558,7 +568,7 @@ def _evidence(result: ResultRecord) -> Iterator[Text]:
 
 
 def _specimen(firsts: Sequence[ResultRecord], context: _Context) -> RenderableType:
-    first = firsts[0]
+    first = _telling(firsts)
     case = context.cases[first.case]
     text = f"({first.status}) {first.backend} {case.scenario} {_label(case)}"
     evidence = next(_evidence(first), None)
@@ -567,6 +577,11 @@ def _specimen(firsts: Sequence[ResultRecord], context: _Context) -> RenderableTy
     if len(firsts) > 1:
         text += f" (and {_count(len(firsts) - 1, 'more finding')}, -v)"
     return Hanging(Text(f"[{first.finding}] ", style="dim"), Text(text, style="dim"))
+
+
+def _telling(firsts: Sequence[ResultRecord]) -> ResultRecord:
+    """The first in which y is off, which says more than a statistic."""
+    return next((r for r in firsts if _worst_quantity(r)[0] == "y"), firsts[0])
 
 
 def _apart(value: float, reference: float) -> tuple[str, str]:
@@ -669,9 +684,12 @@ def _axes(case: CaseRecord) -> dict[str, str]:
     return axes
 
 
-def _parts(case: CaseRecord, *, named: bool) -> list[str]:
-    """A case in words: its own axes, then memory format, dtype and shape, the usual ones left out."""
-    axes = _axes(case)
+def _parts(case: CaseRecord, *, brief: bool) -> list[str]:
+    """A case in words: its own axes, then memory format, dtype and shape, the usual ones left out.
+
+    brief: without names where a value speaks for itself.
+    """
+    axes = {name: NUMBER.sub(_tidy, value) for name, value in _axes(case).items()}
     constant = CONSTANT_INPUT.fullmatch(axes.get("input", ""))
     if constant is not None:
         axes = {"value": constant[1], **axes}
@@ -679,13 +697,17 @@ def _parts(case: CaseRecord, *, named: bool) -> list[str]:
     own = [name for name in axes if name not in ("memory_format", "dtype", "shape")]
     words = []
     for name in own:
-        value = _tidy(axes[name])
-        if name == "input":
-            words.append(value)
-        elif value in ("true", "false"):
+        value = axes[name]
+        call = CALL.fullmatch(value)
+        if value in ("true", "false"):
             words.append(name if value == "true" else f"no {name}")
+        elif brief and call is not None:
+            values = call[2] if call[1] in ("", "normal") else re.sub(r"\w+=", "", call[2])
+            words.append(f"{call[1]} {values}".removeprefix("normal ").lstrip())
+        elif name == "input" or (brief and len(own) == 1):
+            words.append(value)
         else:
-            words.append(f"{name}={value}" if named or len(own) > 1 else value)
+            words.append(f"{name}={value}")
     if case.memory_format != "contiguous" or "memory_format" in axes:
         words.append(case.memory_format)
     if case.dtype != "float32" or "dtype" in axes:
@@ -693,24 +715,20 @@ def _parts(case: CaseRecord, *, named: bool) -> list[str]:
     return [*words, "x".join(str(size) for size in case.shape)]
 
 
-def _tidy(text: str) -> str:
-    """A number as people write it: 1e6 for 1000000.0; other texts as they are."""
-    try:
-        value = float(text)
-    except ValueError:
-        return text
-    short = _number(value, 6)
-    return short if float(short) == value else text
+def _tidy(found: re.Match[str]) -> str:
+    """A number as people write it: 1e6 for 1000000.0."""
+    short = _number(float(found[0]), 6)
+    return short if float(short) == float(found[0]) else found[0]
 
 
 def _label(case: CaseRecord) -> str:
-    return " ".join(_parts(case, named=True))
+    return " ".join(_parts(case, brief=False))
 
 
 def _brief(case: CaseRecord, width: int) -> str:
     """As many parts of the case as fit, the telling ones first."""
     text = ""
-    for part in _parts(case, named=False):
+    for part in _parts(case, brief=True):
         longer = f"{text} {part}".lstrip()
         if len(longer) <= width or not text:
             text = longer

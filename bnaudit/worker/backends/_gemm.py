@@ -4,10 +4,10 @@ The steps are those of `_caffe`; what differs numerically is the order of additi
 own and may change with the shape, the CPU and the number of threads; the running statistics, which are
 exponential moving averages with the unbiased variance; and eps, which is not rounded to float32.
 
-Every product is a call of np.dot. NumPy hands a matrix times a vector to cblas_?gemv (to cblas_?dot
-or ?axpy where one of them is a single row or number), a column times a row to cblas_?gemm. It has none for
-the factor of the first gemv, so the factor is multiplied into the vector of ones: that is what a BLAS
-which scales the vector computes, and where Caffe's 100.000015 comes from.
+Every product is a call of np.dot. NumPy hands a matrix times a vector to cblas_?gemv (to cblas_?dot or
+cblas_?axpy where one of them is a single row or number) and a column times a row to cblas_?gemm. np.dot
+takes no factor, so that of the first gemv is multiplied into the vector of ones: what a BLAS that scales
+the vector computes, and where Caffe's 100.000015 comes from.
 """
 
 from __future__ import annotations

@@ -44,7 +44,6 @@ def unavailable(name: str) -> str | None:
         return "torch is not installed in this environment (pip install 'bnaudit[torch]')"
     except (ImportError, OSError) as error:  # a shared library that is missing or broken
         return "torch cannot be imported: %s" % error
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     if name.endswith("@cuda"):
         if torch.version.cuda is None and torch.version.hip is None:
             return "torch %s is built without CUDA" % torch.__version__
@@ -215,7 +214,12 @@ def _refuse_for_cudnn(x: Tensor, weight: Tensor | None, eps: float) -> None:
 
 
 def _ordered(tensors: tuple[Array | None, ...], device: str) -> tuple[Tensor, ...]:
-    """The five tensors in the order of F.batch_norm's parameters."""
+    """The five tensors in the order of F.batch_norm's parameters, and torch with the audit's threads."""
+    import torch
+
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads is not None:
+        torch.set_num_threads(int(threads))
     x, weight, bias, running_mean, running_var = (_tensor(array, device) for array in tensors)
     return x, running_mean, running_var, weight, bias
 
@@ -272,7 +276,9 @@ def _capability() -> str:
 
 
 def describe() -> dict[str, Any]:
-    """Devices and numerical settings of torch in this process, for a report."""
+    """Devices and numerical settings of torch in this process, for a report; none without torch."""
+    if unavailable("torch@cpu") is not None:
+        return {"devices": [], "flags": {}}
     import torch
 
     devices = []

@@ -1,0 +1,227 @@
+"""PyTorch's adapter, and what it finds."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from correct import outputs as right_outputs
+from correct import prepare
+
+from bnaudit.subject import Reply, Subject, scratch_folder
+from bnaudit.worker.rounding import widen
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="torch is not installed"
+)
+
+NORMAL = "input: {distribution: normal, mean: 1.5}\n"
+CUDA = ("torch@cuda", "torch-native@cuda", "torch-cudnn@cuda")
+HALF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+
+
+@pytest.fixture(scope="module")
+def subject() -> Iterator[Subject]:
+    with scratch_folder() as scratch, Subject(scratch=scratch, threads=2) as subject:
+        yield subject
+
+
+@pytest.fixture(scope="module")
+def flags(subject: Subject) -> dict[str, Any]:
+    subject.describe(["torch@cpu"])
+    found: dict[str, Any] = subject.environment()["flags"]
+    return found
+
+
+def run(subject: Subject, folder: Path, text: str, backend: str = "torch@cpu") -> Reply:
+    return subject.run(backend, *prepare(folder, text))
+
+
+def constant(value: float, shape: str, **fields: object) -> str:
+    rest = "".join(f"{name}: {field}\n" for name, field in fields.items())
+    return f"input: {{distribution: constant, value: {value}}}\nshape: [{shape}]\n{rest}"
+
+
+def largest(reply: Reply) -> float:
+    assert (reply.outcome, reply.reason) == ("done", None)
+    return float(np.abs(reply.outputs["y"]).max())
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        "backward: true\naffine: {weight: {distribution: normal}, bias: 2}\n",
+        "backward: true\naffine: null\nparam_dtype: same\n",
+        "mode: inference\nbackward: true\nrunning: {mean: 1, var: 2}\n",
+        "steps: 3\nmomentum: null\n",
+    ],
+    ids=["training", "no-affine", "inference", "cumulative"],
+)
+def test_every_kind_of_case_gives_the_right_quantities(
+    subject: Subject, tmp_path: Path, memory_format: str, dtype: str, fields: str
+) -> None:
+    text = f"{NORMAL}shape: [4, 3, 5, 6]\ndtype: {dtype}\nmemory_format: {memory_format}\n{fields}"
+    case, inputs = prepare(tmp_path, text)
+    reply = subject.run("torch@cpu", case, inputs)
+    assert (reply.outcome, reply.reason) == ("done", None)
+    assert (reply.kernel or "").startswith(f"native {memory_format} ")
+    expected = right_outputs(case, inputs)
+    if case.mode == "training" and "invstd" in reply.outputs:
+        expected["invstd"] = 1 / np.sqrt(np.asarray(expected["batch_var"], np.float64) + case.eps)
+    names = {"y", "running_mean", "running_var"}
+    if case.backward:
+        names |= {"grad_input"} | ({"grad_weight", "grad_bias"} if case.affine else set())
+    # 16-bit parameters: torch hands its statistics out in 16 bits, which is not what it computed with.
+    if case.mode == "training" and not (case.param_dtype == "same" and "16" in dtype):
+        names |= {"batch_mean", "invstd"}
+    assert reply.outputs.keys() == names
+    for name, got in reply.outputs.items():
+        right, near = expected[name], 64 * HALF[dtype]
+        if name in ("y", "grad_input"):
+            got, right = widen(got, dtype), widen(right, dtype)
+        np.testing.assert_allclose(got, right, atol=near, rtol=near, err_msg=name)
+
+
+def test_torch_says_which_instructions_it_was_dispatched_for(
+    subject: Subject, tmp_path: Path, flags: dict[str, Any]
+) -> None:
+    kernel = run(subject, tmp_path, NORMAL + "shape: [4, 3]\n").kernel
+    assert kernel == f"native contiguous {flags['cpu_capability']}"
+    assert flags["threads"] == 2
+
+
+@pytest.mark.parametrize("backend", ["torch@cpu", "torch-compile@cpu"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("shape: [1, 3]\n", "Expected more than 1 value per channel when training"),
+        ("shape: [4, 3]\neps: 0\n", "eps must be positive"),
+    ],
+)
+def test_documented_refusals_are_unsupported_in_torchs_words(
+    subject: Subject, tmp_path: Path, backend: str, text: str, words: str
+) -> None:
+    reason = subject.describe([backend])[backend]
+    if reason is not None:
+        pytest.skip(reason)
+    reply = run(subject, tmp_path, NORMAL + text, backend)
+    assert reply.outcome == "unsupported"
+    assert words in (reply.reason or "")
+
+
+@pytest.mark.parametrize("shape", ["0, 3", "0, 3, 4, 5"])
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_an_empty_batch_leaves_everything_as_it_was(
+    subject: Subject, tmp_path: Path, shape: str, mode: str
+) -> None:
+    reply = run(subject, tmp_path, f"{NORMAL}shape: [{shape}]\nbackward: true\nmode: {mode}\n")
+    assert reply.outcome == "done"
+    assert reply.outputs["y"].size == reply.outputs["grad_input"].size == 0
+    np.testing.assert_array_equal(reply.outputs["running_mean"], [0, 0, 0])
+    np.testing.assert_array_equal(reply.outputs["running_var"], [1, 1, 1])
+    np.testing.assert_array_equal(reply.outputs["grad_weight"], [0, 0, 0])
+    assert "batch_mean" not in reply.outputs
+
+
+def test_a_constant_of_10000_is_off_by_0_0269_on_a_cpu_with_fma(
+    subject: Subject, tmp_path: Path, flags: dict[str, Any]
+) -> None:
+    # y = x·alpha + (beta − mean·alpha): the product is rounded in one term and not in the other.
+    if flags["cpu_capability"] not in ("AVX2", "AVX512"):
+        pytest.skip(f"torch's kernels for {flags['cpu_capability']} may not use FMA")
+    assert largest(run(subject, tmp_path, constant(10000, "1, 1, 3, 3"))) == pytest.approx(
+        0.0269, abs=1e-4
+    )
+
+
+def test_a_constant_of_3_3_in_channels_last_depends_on_the_threads(
+    subject: Subject, tmp_path: Path, flags: dict[str, Any]
+) -> None:
+    if flags["cpu_capability"] not in ("AVX2", "AVX512"):
+        pytest.skip("the figures are those of x86-64")
+    text = constant(3.3, "32, 64, 56, 56", memory_format="channels_last")
+    case, inputs = prepare(tmp_path, text)
+    assert largest(subject.run("torch@cpu", case, inputs)) == pytest.approx(0.467, abs=0.01)
+    with scratch_folder() as scratch, Subject(scratch=scratch, threads=1) as single:
+        assert largest(single.run("torch@cpu", case, inputs)) == pytest.approx(0.26, abs=0.01)
+
+
+def test_a_constant_of_3_3_is_nearly_right_when_contiguous(
+    subject: Subject, tmp_path: Path
+) -> None:
+    assert largest(run(subject, tmp_path, constant(3.3, "32, 64, 56, 56"))) < 1e-4
+
+
+def test_inductor_keeps_a_constant_and_is_compiled_once_for_many_steps(
+    subject: Subject, tmp_path: Path
+) -> None:
+    backend = "torch-compile@cpu"
+    reason = subject.describe([backend])[backend]
+    if reason is not None:
+        pytest.skip(reason)
+    text = constant(3.3, "4, 3, 5, 5", backward="true", steps=20)
+    reply = run(subject, tmp_path, text, backend)
+    assert largest(reply) == 0
+    assert (reply.kernel or "").startswith("inductor contiguous ")
+    assert {"running_mean", "running_var", "grad_input", "grad_weight"} <= reply.outputs.keys()
+    assert "batch_mean" not in reply.outputs
+
+
+@pytest.mark.parametrize("backend", CUDA)
+def test_without_a_gpu_the_cuda_backends_say_why(subject: Subject, backend: str) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    reason = subject.describe([backend])[backend] or ""
+    if torch.version.cuda is None and torch.version.hip is None:
+        assert reason == f"torch {torch.__version__} is built without CUDA"
+    else:
+        assert reason.startswith("no GPU: ")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", CUDA)
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last", "strided"])
+def test_on_a_gpu_the_named_implementation_runs(
+    subject: Subject, tmp_path: Path, backend: str, memory_format: str
+) -> None:
+    reason = subject.describe([backend])[backend]
+    if reason is not None:
+        pytest.skip(reason)
+    text = f"{NORMAL}shape: [4, 3, 5, 6]\nbackward: true\nmemory_format: {memory_format}\n"
+    case, inputs = prepare(tmp_path, text)
+    reply = subject.run(backend, case, inputs)
+    assert (reply.outcome, reply.reason) == ("done", None)
+    kernel = reply.kernel or ""
+    assert kernel.startswith(
+        {"torch-native@cuda": "native", "torch-cudnn@cuda": "cudnn"}.get(backend, "")
+    )
+    expected = right_outputs(case, inputs)
+    np.testing.assert_allclose(reply.outputs["y"], expected["y"], atol=1e-5)
+    np.testing.assert_allclose(reply.outputs["grad_input"], expected["grad_input"], atol=1e-5)
+
+
+def test_a_forced_path_that_did_not_run_is_an_error_and_cudnns_limits_are_refusals() -> None:
+    pytest.importorskip("torch")
+    from bnaudit.worker.backends import _torch
+
+    x, ones = np.ones((4, 3, 5, 5), np.float32), np.ones(3, np.float32)
+    options = {"training": True, "momentum": 0.1, "eps": 1e-5, "grad_output": None}
+
+    def force(expected: str, weight: Any = ones, **changed: Any) -> Any:
+        tensors = (x, weight, weight, ones.copy(), ones.copy())
+        return _torch._eager("cpu", tensors, expected=expected, **{**options, **changed})
+
+    assert force("native")["kernel"].startswith("native")
+    with pytest.raises(RuntimeError, match="torch ran its native BatchNorm, not cudnn"):
+        force("cudnn")
+    with pytest.raises(NotImplementedError, match="needs weight and bias"):
+        force("cudnn", weight=None)
+    with pytest.raises(NotImplementedError, match="CUDNN_BN_MIN_EPSILON"):
+        force("cudnn", eps=1e-6)

@@ -1,0 +1,278 @@
+"""The worker's own modules, in this process: memory formats, one case on one function, backends by name."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from correct import prepare
+
+from bnaudit import worker
+from bnaudit.inputs import Inputs
+from bnaudit.scenario import Case
+from bnaudit.worker import environment, execution, layout, plugin
+from bnaudit.worker.backends import BACKENDS
+from bnaudit.worker.execution import Execution, Implementation, NoResult, Tensors, run
+from bnaudit.worker.rounding import widen
+
+Array = npt.NDArray[Any]
+FOLDER = Path(worker.__file__).parent
+SOURCES = sorted(FOLDER.rglob("*.py"))
+FORMATS = ("contiguous", "channels_last", "strided")
+TEXT = "input: {distribution: normal, mean: 3}\nshape: [2, 3, 4, 5]\n"
+
+
+def execute(case: Case, inputs: Inputs, function: Callable[..., Any], form: str) -> Execution:
+    fields = ("dtype", "param_dtype", "mode", "memory_format", "eps", "momentum", "steps")
+    request = {name: getattr(case, name) for name in fields}
+    return run(Implementation(function, form), request, Tensors(request, inputs.files, form))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 2, 3, 4), (0, 3, 4, 5)])
+def test_every_memory_format_holds_the_same_values(
+    memory_format: str, shape: tuple[int, ...]
+) -> None:
+    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    laid = layout.lay_out(values, memory_format)
+    np.testing.assert_array_equal(laid, values)
+    assert layout.first_change(laid, values, lambda stored: stored) is None
+    assert not np.shares_memory(laid, values)
+
+
+def test_a_strided_tensor_begins_three_elements_in_and_skips_every_second() -> None:
+    laid = layout.lay_out(np.ones((2, 3, 4), np.float32), "strided")
+    allocation = laid.base
+    assert allocation is not None
+    assert allocation.size == 3 + 2 * laid.size
+    assert laid.ctypes.data - allocation.ctypes.data == 3 * laid.itemsize
+    assert laid.strides == (96, 32, 8)
+    assert np.isnan(allocation).sum() == 3 + laid.size
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.uint16, np.float32, np.float64])
+@pytest.mark.parametrize("place", [-3, -1, 1, 7, 23])
+def test_a_write_into_a_gap_is_found(dtype: type, place: int) -> None:
+    laid = layout.lay_out(np.ones((2, 3, 2), dtype), "strided")
+    assert layout.changed_gap(laid) is None
+    assert laid.base is not None
+    laid.base[3 + place] = 0
+    assert layout.changed_gap(laid) == place
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_a_changed_bit_is_found_even_if_the_value_is_equal(
+    memory_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "BLOCK", 16)
+    values = np.zeros((5, 3, 2, 2), np.float32)
+    laid = layout.lay_out(values, memory_format)
+    laid[3, 1, 0, 1] = -0.0
+    assert layout.first_change(laid, values, lambda stored: stored) == (3, 1, 0, 1)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("param_dtype", ["statistics", "same"])
+def test_a_widened_function_gets_exact_values_and_is_rounded_once(
+    tmp_path: Path, memory_format: str, dtype: str, param_dtype: str
+) -> None:
+    text = f"{TEXT}dtype: {dtype}\nparam_dtype: {param_dtype}\nmemory_format: {memory_format}\n"
+    case, inputs = prepare(tmp_path, text)
+    wide = np.float64 if dtype == "float64" else np.float32
+    tie = (
+        1 + 2.0**-8 + 2.0**-40
+    )  # float32 in between would lose the last bit, and with it the rounding
+
+    def function(x: Array, weight: Array, *arguments: Array, **options: Any) -> dict[str, Array]:
+        np.testing.assert_array_equal(x, widen(inputs.x[0], dtype))
+        assert {a.dtype for a in (x, weight, *arguments)} == {np.dtype(wide)}
+        running = np.full(3, tie)
+        return {"y": np.full(x.shape, tie), "running_mean": running}
+
+    outputs = execute(case, inputs, function, "widened").outputs
+    stored, name = outputs["y"]
+    assert (stored.dtype, name) == (inputs.x.dtype, dtype)
+    expected = {
+        "float16": 1 + 2.0**-8,
+        "bfloat16": 1.0078125,
+        "float32": 1 + 2.0**-8,
+        "float64": tie,
+    }
+    np.testing.assert_array_equal(widen(stored, dtype), np.full(case.shape, expected[dtype], wide))
+    assert outputs["running_mean"][0].dtype == np.float64
+
+
+def test_a_stored_function_gets_bfloat16_as_bits_and_returns_bits(tmp_path: Path) -> None:
+    case, inputs = prepare(tmp_path, TEXT + "dtype: bfloat16\nparam_dtype: same\n")
+
+    def function(x: Array, weight: Array, *arguments: Any, **options: Any) -> dict[str, Array]:
+        assert x.dtype == weight.dtype == np.uint16
+        return {"y": x, "batch_mean": weight}
+
+    outputs = execute(case, inputs, function, "stored").outputs
+    np.testing.assert_array_equal(outputs["y"][0], inputs.x[0])
+    np.testing.assert_array_equal(outputs["batch_mean"][0], np.ones(3, np.float32))
+
+
+def test_running_statistics_are_handed_on_in_the_dtype_of_the_parameters(tmp_path: Path) -> None:
+    text = TEXT + "dtype: float16\nparam_dtype: same\nsteps: 3\n"
+    case, inputs = prepare(tmp_path, text)
+    seen = []
+
+    def function(
+        x: Array, weight: Array, bias: Array, mean: Array, var: Array, **options: Any
+    ) -> dict[str, Array]:
+        seen.append((mean.dtype, mean[0]))
+        return {"y": x, "running_mean": mean.astype(np.float64) + 1 / 3}
+
+    outputs = execute(case, inputs, function, "numpy").outputs
+    third = np.float16(1 / 3)
+    second = np.float16(float(third) + 1 / 3)
+    half = np.dtype(np.float16)
+    assert seen == [(half, 0), (half, third), (half, second)]
+    assert outputs["running_mean"][0][0] == float(second) + 1 / 3
+    assert "running_var" not in outputs
+
+
+def test_a_function_that_counts_steps_gets_the_step_and_the_cases_momentum(tmp_path: Path) -> None:
+    case, inputs = prepare(tmp_path, TEXT + "steps: 2\nmomentum: null\n")
+    seen = []
+
+    def function(x: Array, *arguments: Any, step: int, momentum: Any, **options: Any) -> Array:
+        seen.append((step, momentum))
+        return x
+
+    function.counts_steps = True  # type: ignore[attr-defined]
+    execute(case, inputs, function, "widened")
+    assert seen == [(1, None), (2, None)]
+
+
+def test_gradients_count_only_where_they_were_asked_for(tmp_path: Path) -> None:
+    def function(x: Array, *arguments: Any, **options: Any) -> dict[str, Array]:
+        ones = np.ones(3, np.float32)
+        return {"y": x, "grad_input": x, "grad_weight": ones, "grad_bias": ones, "batch_var": ones}
+
+    def returned(text: str) -> set[str]:
+        case, inputs = prepare(tmp_path, TEXT + text)
+        return execute(case, inputs, function, "numpy").outputs.keys() - {"y", "batch_var"}
+
+    assert returned("") == set()
+    assert returned("backward: true\n") == {"grad_input", "grad_weight", "grad_bias"}
+    assert returned("backward: true\naffine: null\n") == {"grad_input"}
+
+
+@pytest.mark.parametrize("name", ["x", "grad_output", "weight", "bias"])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_any_input_changed_in_place_is_a_fault(
+    tmp_path: Path, name: str, memory_format: str
+) -> None:
+    case, inputs = prepare(tmp_path, TEXT + f"backward: true\nmemory_format: {memory_format}\n")
+
+    def function(
+        x: Array, weight: Array, bias: Array, *arguments: Any, grad_output: Array, **options: Any
+    ) -> Array:
+        tensor = {"x": x, "weight": weight, "bias": bias, "grad_output": grad_output}[name]
+        tensor[-1] = 5
+        return x
+
+    with pytest.raises(NoResult, match=rf"^{name} was changed in place: {name}\[") as caught:
+        execute(case, inputs, function, "numpy")
+    assert caught.value.outcome == "contract"
+
+
+def test_a_write_beside_a_strided_tensor_is_a_fault(tmp_path: Path) -> None:
+    case, inputs = prepare(tmp_path, TEXT + "memory_format: strided\n")
+
+    def function(x: Array, *arguments: Any, **options: Any) -> Array:
+        beyond = np.lib.stride_tricks.as_strided(x, (x.size * 2,), (x.itemsize,))
+        beyond[1] = 0
+        return x
+
+    with pytest.raises(NoResult, match="x: a gap was written to, 1 places after"):
+        execute(case, inputs, function, "numpy")
+
+
+def test_without_ml_dtypes_bfloat16_is_unsupported_for_numpy_functions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, inputs = prepare(tmp_path, TEXT + "dtype: bfloat16\n")
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(NoResult, match="ml_dtypes is not installed") as caught:
+        execute(case, inputs, lambda x, *_, **__: x, "numpy")
+    assert caught.value.outcome == "unsupported"
+
+
+def test_small_inputs_are_kept_for_the_next_backend_and_large_ones_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, inputs = prepare(tmp_path, TEXT)
+    request = {"dtype": "float32", "param_dtype": "same", "memory_format": "strided"}
+    for limit, kept in ((1 << 26, True), (64, False)):
+        monkeypatch.setattr(execution, "KEPT", limit)
+        tensors = Tensors(request, inputs.files, "numpy")
+        first = tensors.given("x", 0)
+        tensors.forget(0)
+        assert (tensors.given("x", 0) is first) == kept == tensors.kept
+    assert case.memory_format == "contiguous"
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("my_bn.py:batch_norm", ("my_bn.py", "batch_norm", "cpu")),
+        ("a b/my@home.py:batch_norm@cpu", ("a b/my@home.py", "batch_norm", "cpu")),
+        ("package.module:Norm@cuda", ("package.module", "Norm", "cuda")),
+    ],
+)
+def test_the_name_of_a_plugin_has_three_parts(name: str, parts: tuple[str, str, str]) -> None:
+    assert plugin.is_plugin(name)
+    assert plugin.split(name) == parts
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_every_backend_of_the_table_is_where_it_says(name: str) -> None:
+    backend = BACKENDS[name]
+    module = importlib.import_module(f"bnaudit.worker.backends.{backend.module}")
+    assert callable(getattr(module, backend.function))
+    assert backend.kind in ("real", "specimen")
+    assert module.unavailable(name) is None or isinstance(module.unavailable(name), str)
+    assert not plugin.is_plugin(name)
+    assert name.endswith(("@cpu", "@cuda"))
+
+
+def test_the_default_backends_are_the_documented_ones() -> None:
+    default = {name for name, backend in BACKENDS.items() if backend.default}
+    assert default == {"torch@cpu", "torch@cuda", "gemm@cpu", "welford@cpu"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_the_worker_is_python_3_7_and_imports_only_what_it_may(path: Path) -> None:
+    tree = ast.parse(path.read_text(), feature_version=(3, 7))
+    allowed = {*sys.stdlib_module_names, "numpy", "ml_dtypes", "numba", "llvmlite"}
+    if path.name == "_torch.py":
+        allowed.add("torch")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            assert (node.module or "").split(".")[0] in allowed
+    future = [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.module == "__future__"]
+    assert future or not any(isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in tree.body)
+
+
+def test_describing_the_environment_imports_no_framework() -> None:
+    code = (
+        "import sys\nfrom bnaudit.worker import environment\n"
+        "assert environment.describe('torch')['devices'] == []\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert environment.describe("numpy")["blas"] is not None

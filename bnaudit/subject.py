@@ -30,6 +30,7 @@ from bnaudit.inputs import Array, Inputs
 from bnaudit.scenario import Case
 from bnaudit.worker import plugin
 from bnaudit.worker.backends import BACKENDS
+from bnaudit.worker.execution import IN_FULL, MAPPED, PER_CHANNEL, RUNNING
 from bnaudit.worker.rounding import storage
 
 START_LIMIT = 300.0
@@ -48,9 +49,6 @@ LAST_CHARACTERS = 4000
 LONGEST_REPLY = 1 << 20
 """Bytes after which a reply without an end is taken for garbage."""
 
-MAPPED = 1 << 20
-"""Outputs of this many bytes and more are mapped instead of read."""
-
 ROOM = 1 << 31
 """Free bytes below which shared memory is not used for the scratch folder."""
 
@@ -62,18 +60,6 @@ THREAD_VARIABLES = (
     "VECLIB_MAXIMUM_THREADS",
     "NUMBA_NUM_THREADS",
 )
-
-IN_FULL = ("y", "grad_input")
-PER_CHANNEL = (
-    "batch_mean",
-    "batch_var",
-    "invstd",
-    "running_mean",
-    "running_var",
-    "grad_weight",
-    "grad_bias",
-)
-
 
 OUTCOMES = {
     "done": "done",
@@ -376,7 +362,7 @@ class _Worker:
             raise self._garbage(f"{type(error).__name__}: {error}") from error
 
     def _read_output(self, name: str, case: Case) -> Array:
-        if name not in (*IN_FULL, *PER_CHANNEL):
+        if name not in (*IN_FULL, *PER_CHANNEL, *RUNNING):
             raise ValueError(f"{name!r} is no quantity")
         path = self._outputs / f"{name}.npy"
         large = path.stat().st_size >= MAPPED

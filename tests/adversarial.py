@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from bnaudit.bounds import FORMATS
 from bnaudit.worker.rounding import round_to
 
-Doubles = npt.NDArray[np.float64]
+Doubles = npt.NDArray[Any]
 Draw = Callable[[np.random.Generator, int, str], Doubles]
 
 
@@ -57,7 +58,7 @@ def subnormal(rng: np.random.Generator, n: int, dtype: str) -> Doubles:
 
 
 def largest(rng: np.random.Generator, n: int, dtype: str) -> Doubles:
-    return FORMATS[dtype].largest * rng.choice([-1.0, 1.0, 0.75, 0.5], n)
+    return np.asarray(FORMATS[dtype].largest * rng.choice([-1.0, 1.0, 0.75, 0.5], n))
 
 
 def cancel(rng: np.random.Generator, n: int, dtype: str) -> Doubles:
@@ -76,7 +77,7 @@ def cancel_mixed(rng: np.random.Generator, n: int, dtype: str) -> Doubles:
 
 def powers_of_two(rng: np.random.Generator, n: int, dtype: str) -> Doubles:
     low, high = _exponents(dtype)
-    return np.ldexp(rng.choice([-1.0, 1.0], n), rng.integers(low, high + 1, n))
+    return np.asarray(np.ldexp(rng.choice([-1.0, 1.0], n), rng.integers(low, high + 1, n)))
 
 
 def tie(rng: np.random.Generator, n: int, dtype: str) -> Doubles:
@@ -90,7 +91,7 @@ def lognormal(rng: np.random.Generator, n: int, dtype: str) -> Doubles:
 
 
 def sparse(rng: np.random.Generator, n: int, dtype: str) -> Doubles:
-    return np.where(rng.random(n) < 0.1, rng.standard_normal(n), 0.0)
+    return np.asarray(np.where(rng.random(n) < 0.1, rng.standard_normal(n), 0.0))
 
 
 CATEGORIES: tuple[Draw, ...] = (
@@ -111,15 +112,16 @@ CATEGORIES: tuple[Draw, ...] = (
 )
 
 
-def stored(values: Doubles, dtype: str) -> npt.NDArray[np.generic]:
+def stored(values: Doubles, dtype: str) -> npt.NDArray[Any]:
     """The values rounded once to the storage of a dtype, clipped to its finite range."""
     limit = FORMATS[dtype].largest
     return round_to(np.clip(values, -limit, limit), dtype)
 
 
-def channels(draw: Draw, dtype: str, n: int, count: int, seed: int) -> npt.NDArray[np.generic]:
+def channels(draw: Draw, dtype: str, n: int, count: int, seed: int) -> npt.NDArray[Any]:
     """An (N, C, S) tensor of `count` channels of n values, split over axes 0 and 2 as n allows."""
     rng = np.random.default_rng([seed, n, CATEGORIES.index(draw), list(FORMATS).index(dtype)])
     images = math.gcd(n, 4)
     values = np.stack([draw(rng, n, dtype) for _ in range(count)])
-    return stored(values, dtype).reshape(count, images, n // images).transpose(1, 0, 2).copy()
+    tensor = stored(values, dtype).reshape(count, images, n // images)
+    return np.ascontiguousarray(tensor.transpose(1, 0, 2))

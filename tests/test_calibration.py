@@ -39,7 +39,9 @@ class Audit:
         found: dict[str, list[str]] = defaultdict(list)
         for result in self.results[backend]:
             if result.status not in ("pass", "warn", "unsupported"):
-                found[result.case.scenario].append(f"{result.case.id}: {result.status}: {result.reason}")
+                found[result.case.scenario].append(
+                    f"{result.case.id}: {result.status}: {result.reason}"
+                )
         return dict(found)
 
     def expected(self, backend: str) -> set[str]:

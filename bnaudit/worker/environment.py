@@ -64,8 +64,9 @@ def _isa() -> str:
 def _blas() -> str | None:
     """Name and version of the BLAS under NumPy and, of an OpenBLAS, the kernels that it chose here."""
     build: Any = getattr(np.__config__, "CONFIG", {}).get("Build Dependencies", {}).get("blas", {})
-    parts = [build.get("name"), build.get("version"), _openblas_kernels()]
-    return " ".join(part for part in parts if part) or None
+    kernels = _openblas_kernels()
+    name = build.get("name") or ("openblas" if kernels else None)
+    return " ".join(part for part in (name, build.get("version"), kernels) if part) or None
 
 
 def _openblas_kernels() -> str | None:

@@ -61,6 +61,9 @@ THREAD_VARIABLES = (
     "NUMBA_NUM_THREADS",
 )
 
+CASE_FIELDS = ("dtype", "param_dtype", "mode", "memory_format", "eps", "momentum", "steps")
+"""What a worker is told of a case; the rest it sees in the tensors."""
+
 OUTCOMES = {
     "done": "done",
     "unsupported": "unsupported",
@@ -117,6 +120,10 @@ class _Failure(Exception):  # noqa: N818 - what happened to a request
         self.outcome = outcome
         self.reason = reason
         self.detail = detail
+
+
+class _NoStart(_Failure):
+    """A worker that never became ready."""
 
 
 class Subject:
@@ -181,91 +188,75 @@ class Subject:
         """
         found: dict[str, Any] = {}
         libraries = {backend.library for backend in BACKENDS.values()}
-        try:
-            for library in ["numpy", *sorted(libraries & set(self._workers) - {"numpy"})]:
-                request = {"op": "environment", "library": library}
-                answer = self._worker(library).request(request, START_LIMIT)
-                if answer["outcome"] != "done":
-                    raise SubjectError(f"{self._python}: {answer['reason']}")
-                part = answer["environment"]
-                found = found or part
-                found["devices"] = found["devices"] + part["devices"]
-                found["flags"] = {**found["flags"], **part["flags"]}
-        except _Failure as failure:
-            raise SubjectError(f"{self._python}: {failure.reason}") from failure
+        for library in ["numpy", *sorted(libraries & set(self._workers) - {"numpy"})]:
+            try:
+                with self._worker(library) as worker:
+                    request = {"op": "environment", "library": library}
+                    answer = worker.request(request, START_LIMIT)
+            except _Failure as failure:
+                raise SubjectError(f"{self._python}: {failure.reason}") from failure
+            if answer["outcome"] != "done":
+                raise SubjectError(f"{self._python}: {answer['reason']}")
+            part = answer["environment"]
+            found = found or part
+            found["devices"] = found["devices"] + part["devices"]
+            found["flags"] = {**found["flags"], **part["flags"]}
         return {"name": self.name, **found}
 
     def run(self, backend: str, case: Case, inputs: Inputs) -> Reply:
         """Runs one case on one backend; whatever the backend does comes back as a Reply."""
         key = _worker_key(backend)
+        reason = self.describe([backend])[backend]
+        if reason is not None:
+            return Reply("unavailable", reason)
+        if key not in self._workers:
+            self._load(
+                key, [backend]
+            )  # the last worker is gone; loading has a time limit of its own
+        limit = self._timeout if backend in self._called else self._timeout * FIRST_CALL
+        self._called.add(backend)
         try:
-            reason = self.describe([backend])[backend]
-            if reason is not None:
-                return Reply("unavailable", reason)
-            if backend not in self._worker(key).loaded:
-                self._load(key, [backend])  # its last worker is gone
-            worker = self._worker(key)
-            outputs = worker.outputs_folder()
-            request = {
-                "op": "run",
-                "backend": backend,
-                "folder": self._folder,
-                "outputs": str(outputs),
-                "case": {
-                    "dtype": case.dtype,
-                    "param_dtype": case.param_dtype,
-                    "mode": case.mode,
-                    "memory_format": case.memory_format,
-                    "eps": case.eps,
-                    "momentum": case.momentum,
-                    "steps": case.steps,
-                },
-                "inputs": {"sha256": inputs.sha256, "files": dict(inputs.files)},
-            }
-            first = backend not in self._called
-            self._called.add(backend)
-            answer = worker.request(request, self._timeout * (FIRST_CALL if first else 1))
-            return worker.reply(answer, case)
+            with self._worker(key) as worker:
+                request = {
+                    "op": "run",
+                    "backend": backend,
+                    "folder": self._folder,
+                    "outputs": str(worker.outputs_folder()),
+                    "case": {name: getattr(case, name) for name in CASE_FIELDS},
+                    "inputs": {"sha256": inputs.sha256, "files": dict(inputs.files)},
+                }
+                return worker.reply(worker.request(request, limit), case)
         except _Failure as failure:
-            self._stop(key)
             return Reply(failure.outcome, failure.reason, failure.detail)
-        except BaseException:
-            self._stop(key)  # its reply is still to come, and must not meet another request
-            raise
 
     def _load(self, key: str, names: Sequence[str]) -> dict[str, str | None]:
         """Loads backends of one worker. Those that kill it are available: running them shows what they do."""
         if key == "":
             return {name: f"there is no backend {name}" for name in names}
-        try:
-            worker = self._worker(key)
-        except _Failure as failure:
-            return dict.fromkeys(names, f"no worker starts in {self._python}: {failure.reason}")
         request = {"op": "describe", "backends": list(names), "folder": self._folder}
         try:
-            reasons: dict[str, str | None] = worker.request(request, START_LIMIT)["unavailable"]
+            with self._worker(key) as worker:
+                reasons: dict[str, str | None] = worker.request(request, START_LIMIT)["unavailable"]
+                return reasons
+        except _NoStart as failure:
+            return dict.fromkeys(names, f"no worker starts in {self._python}: {failure.reason}")
         except _Failure as failure:
-            self._stop(key)
-            if failure.outcome == "timeout":
-                return dict.fromkeys(names, f"not loaded within {START_LIMIT:g} s")
-            return dict.fromkeys(names, None)
-        worker.loaded.update(names)
-        return reasons
+            late = f"not loaded within {START_LIMIT:g} s" if failure.outcome == "timeout" else None
+            return dict.fromkeys(names, late)
 
-    def _worker(self, key: str) -> _Worker:
+    @contextlib.contextmanager
+    def _worker(self, key: str) -> Iterator[_Worker]:
+        """A worker that runs. It does not outlive a failure or an interrupt: its reply may still come."""
         worker = self._workers.get(key)
-        if worker is not None and worker.has_exited():
-            self._stop(key)
-            worker = None
-        if worker is None:
-            worker = _Worker(self._python, self._threads, self._scratch)
-            self._workers[key] = worker
-            try:
-                worker.greet()
-            except _Failure:
+        try:
+            if worker is None or worker.has_exited():
                 self._stop(key)
-                raise
-        return worker
+                worker = self._workers[key] = _Worker(self._python, self._threads, self._scratch)
+                worker.greet()
+            yield worker
+        except BaseException:
+            self._stop(key)
+            raise
 
     def _stop(self, key: str) -> None:
         worker = self._workers.pop(key, None)
@@ -281,15 +272,9 @@ def _worker_key(backend: str) -> str:
 
 
 class _Worker:
-    """One process, with the auditor's ends of its pipes.
-
-    Attributes:
-        loaded: names of the backends that it has been asked to load.
-    """
+    """One process, with the auditor's ends of its pipes."""
 
     def __init__(self, python: str, threads: int, scratch: Path) -> None:
-        self.loaded: set[str] = set()
-        self._outputs = Path(tempfile.mkdtemp(prefix="outputs-", dir=scratch))
         self._count = 0
         self._pending = b""
         self._stderr = b""
@@ -307,7 +292,8 @@ class _Worker:
                 start_new_session=True,
             )
         except OSError as error:
-            raise _Failure("crash", f"it cannot be started: {error}") from error
+            raise _NoStart("crash", str(error)) from error
+        self._outputs = Path(tempfile.mkdtemp(prefix="outputs-", dir=scratch))
         self._stdin, self._stdout, self._stderr_pipe = (
             _pipe(stream)
             for stream in (self._process.stdin, self._process.stdout, self._process.stderr)
@@ -318,8 +304,11 @@ class _Worker:
             self._selector.register(stream, selectors.EVENT_READ)
 
     def greet(self) -> None:
-        """Waits until the worker is ready. Raises _Failure."""
-        self._receive(START_LIMIT)
+        """Waits until the worker is ready. Raises _NoStart."""
+        try:
+            self._receive(START_LIMIT)
+        except _Failure as failure:
+            raise _NoStart(failure.outcome, failure.reason, failure.detail) from failure
 
     def has_exited(self) -> bool:
         """Whether the process has ended; it stays a zombie, so that its process group keeps its number."""
@@ -396,9 +385,8 @@ class _Worker:
             if len(self._pending) > LONGEST_REPLY:
                 raise self._garbage("a megabyte without an end of line")
             # Children of a dead worker may hold its pipes open: their end alone does not tell.
-            if not self._listen(min(left, 0.1)) and self.has_exited():
-                raise self._death()
-            if self._stdout not in self._selector.get_map():
+            gone = not self._listen(min(left, 0.1)) and self.has_exited()
+            if gone or self._stdout not in self._selector.get_map():
                 raise self._death()
         line, _, self._pending = self._pending.partition(b"\n")
         return line

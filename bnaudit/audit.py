@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bnaudit.inputs import Inputs, make
-from bnaudit.measure import Declarations, Measurement, Reference
+from bnaudit.measure import Measurement, Reference
 from bnaudit.reference import check_environment
 from bnaudit.scenario import Case, Scenario
 from bnaudit.subject import Reply, Subject
@@ -187,11 +187,9 @@ def _execute(
     reply = subject.run(backend, case, inputs)
     measurements: Mapping[str, Measurement] = {}
     if reply.outcome == "done":
-        declared = Declarations(
-            reply.declarations.running_var_correction, reply.declarations.running_update
-        )
-        measurements = reference.measure(reply.outputs, declared)
-    return _Run(reply, measurements)
+        measurements = reference.measure(reply.outputs, reply.declarations)
+    # The outputs are mapped files: keeping them would keep their space.
+    return _Run(replace(reply, outputs={}), measurements)
 
 
 def _outcome(execution: _Run, case: Case, reference: Reference) -> dict[str, Any]:

@@ -92,20 +92,29 @@ def y_bounds(norm: Normalization, dtype: str) -> ElementBounds:
     """Coefficients for `y_allowances`."""
     output, statistics = FORMATS[dtype], FORMATS[statistics_dtype(dtype)]
     u = statistics.unit_roundoff
-    rate = norm.invstd.high / norm.scale
     gain = np.abs(norm.weight)
-    underflow = output.smallest + 2 * gain * norm.invstd.high * statistics.smallest
+    # invstd · eta_s, also where invstd itself overflows
+    lost = norm.rate * (norm.line.scale * statistics.smallest)
+    underflow = output.smallest + 2 * gain * lost
     tight = 8 * u * gain
     tight_base = underflow + 8 * u * np.abs(norm.bias)
     if norm.training:
         g = summation_levels(norm.n)
         wide = 2 * u * g * gain
         base = underflow + 2 * u * g * np.abs(norm.bias)
-        tight_base = tight_base + tight * (np.abs(norm.centre[0]) + 2 * norm.std) * rate
+        spread = (np.abs(norm.line.m0) + 2 * norm.std) * norm.rate
+        tight_base = tight_base + tight * spread
     else:
         wide, base = tight, tight_base
     return ElementBounds(
-        rate, 2 * output.unit_roundoff, base, wide, norm.size * rate, tight_base, tight, CAP * gain
+        norm.rate,
+        2 * output.unit_roundoff,
+        base,
+        wide,
+        norm.size * norm.rate,
+        tight_base,
+        tight,
+        CAP * gain,
     )
 
 
@@ -140,7 +149,7 @@ def y_allowances(
 def ill_conditioned(norm: Normalization, dtype: str) -> Doubles:
     """Error of a good float sum in standard deviations, g u_a X invstd, per channel; the cap acts above CAP."""
     u = FORMATS[statistics_dtype(dtype)].unit_roundoff
-    return summation_levels(norm.n) * u * norm.size * (norm.invstd.high / norm.scale)
+    return summation_levels(norm.n) * u * norm.size * norm.rate
 
 
 def floor(norm: Normalization, dtype: str) -> Doubles:
@@ -150,7 +159,8 @@ def floor(norm: Normalization, dtype: str) -> Doubles:
         return np.zeros_like(mean.high)
     with np.errstate(over="ignore", invalid="ignore"):
         stored = mean.high.astype(statistics_dtype(dtype)).astype(np.float64)
-        return np.abs(norm.weight) * norm.invstd.high * np.abs((stored - mean.high) - mean.low)
+        error = np.abs((stored - mean.high) - mean.low) * norm.line.scale
+        return np.abs(norm.weight) * (norm.rate * error)
 
 
 class Allowance(NamedTuple):
@@ -161,12 +171,11 @@ class Allowance(NamedTuple):
 
 
 class StatisticsBounds(NamedTuple):
-    """Single (not doubled) error bounds of one batch's mean and variance, capped and plain, and tight."""
+    """Single (not doubled) error bounds of one batch's mean and variance, capped, and the mean's tight one."""
 
     mean: Doubles
     mean_tight: Doubles
     var: Doubles
-    var_plain: Doubles
 
 
 def statistics_bounds(
@@ -177,17 +186,16 @@ def statistics_bounds(
     u, g = form.unit_roundoff, summation_levels(norm.n)
     mean, var = np.abs(norm.mean.high), norm.var.high
     with np.errstate(over="ignore", invalid="ignore"):
-        sigma = np.sqrt(var)
+        sigma = norm.std / norm.line.scale
         spread = mean + 2 * sigma
         wide = u * mean + g * u * size + form.smallest
         tight = u * mean + 4 * u * spread + form.smallest
         var_wide = u * var + g * u * (var + 2 * sigma * size) + (g * u * size) ** 2 + form.smallest
         var_tight = 5 * u * var + (4 * u * spread) ** 2 + form.smallest
         return StatisticsBounds(
-            np.minimum(wide, np.maximum(tight, CAP * np.sqrt(var + eps))),
+            np.minimum(wide, np.maximum(tight, CAP * np.hypot(sigma, math.sqrt(eps)))),
             tight,
             np.minimum(var_wide, np.maximum(var_tight, 2 * CAP * (var + eps))),
-            var_wide,
         )
 
 
@@ -201,16 +209,26 @@ def var_allowance(bounds: StatisticsBounds) -> Allowance:
     return Allowance(2 * bounds.var, None)
 
 
-def invstd_allowance(
-    norm: Normalization, bounds: StatisticsBounds, eps: float, dtype: str
-) -> Allowance:
-    """Allowance of invstd: what an allowed error of the variance does to it, and eight roundings."""
-    u = FORMATS[statistics_dtype(dtype)].unit_roundoff
-    r, var, error = norm.invstd.high, norm.var.high, 2 * bounds.var_plain
+def invstd_allowance(norm: Normalization, dtype: str) -> Allowance:
+    """Allowance of invstd: what an allowed error of the variance does to it, and eight roundings.
+
+    The variance's error is taken relative to variance + eps, which neither overflows nor underflows, and
+    capped as the variance's own bound is.
+    """
+    form = FORMATS[statistics_dtype(dtype)]
+    u, g, r = form.unit_roundoff, summation_levels(norm.n), norm.invstd.high
+    sigma, magnitude = norm.std * norm.rate, norm.size * norm.rate
+    mean = np.abs(norm.line.m0) * norm.rate
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        below = r - 1 / np.sqrt(var + error + eps)
-        above = 1 / np.sqrt(np.maximum(var - error, 0) + eps) - r
-        return Allowance(8 * u * r + np.maximum(below, above), None)
+        underflow = form.smallest * r * r
+        wide = u * sigma**2 + g * u * (sigma**2 + 2 * sigma * magnitude) + (g * u * magnitude) ** 2
+        tight = 5 * u * sigma**2 + (4 * u * (mean + 2 * sigma)) ** 2
+        error = 2 * (np.minimum(wide, np.maximum(tight, 2 * CAP)) + underflow)
+        # No error takes more than the whole variance away; where it may, a hundredth is left.
+        lost = np.minimum(np.minimum(error, sigma**2), 0.99)
+        below = -np.expm1(-0.5 * np.log1p(error))
+        above = np.expm1(-0.5 * np.log1p(-lost))
+        return Allowance(8 * u * r + r * np.maximum(below, above), None)
 
 
 def running_allowance(
@@ -220,15 +238,17 @@ def running_allowance(
     factor: float,
     dtype: str,
 ) -> Allowance:
-    """Allowance of a running statistic after the batches' (value, bound) pairs, each of shape (C,).
+    """Allowance of a running statistic kept in `dtype`, after the batches' (value, bound) pairs, all (C,).
 
-    R_t = (1 − w) R_(t−1) + w c B_t + 4 u_s (|s_(t−1)| + |c v_t|) + eta_s, the last terms being the update's own
-    roundings: they do not shrink with w, because 1 − 0.9f alone is off by 4 u.
+    R_t = (1 − w) R_(t−1) + w c B_t + 4 u (|s_(t−1)| + |c v_t|) + eta, the last terms being the update's own
+    roundings: they do not shrink with w, because 1 − 0.9f alone is off by 4 u. A weight of 0 rounds nothing.
     """
-    form = FORMATS[statistics_dtype(dtype)]
+    form = FORMATS[dtype]
     bound = np.zeros_like(start)
     value = start
     for (statistic, error), w in zip(batches, weights, strict=True):
+        if w == 0:
+            continue
         rounding = 4 * form.unit_roundoff * (np.abs(value) + np.abs(factor * statistic))
         bound = (1 - w) * bound + w * factor * error + rounding + form.smallest
         value = (1 - w) * value + w * factor * statistic
@@ -236,12 +256,15 @@ def running_allowance(
 
 
 class GradientBounds(NamedTuple):
-    """Per-channel (C,) coefficients of grad_input's allowance and the parameter gradients' allowances."""
+    """Per-channel (C,) coefficients of grad_input's allowance and the parameter gradients' allowances.
+
+    All but base and the two allowances are in units of 1 / tangent.scale.
+    """
 
     rate: Doubles
     rounding: float
-    base: Doubles
-    gain: Doubles  # |weight| · invstd
+    base: float
+    gain: Doubles  # |slope|
     levels: float  # g u_a
     spread: Doubles  # 1 + invstd² σ X
     size: Doubles  # X · invstd
@@ -254,32 +277,47 @@ class GradientBounds(NamedTuple):
 
 
 def gradient_bounds(
-    norm: Normalization, grads: Gradients, magnitude: Doubles, weighted: Doubles, dtype: str
+    norm: Normalization,
+    grads: Gradients,
+    magnitude: Doubles,
+    weighted: Doubles,
+    dtype: str,
+    parameters: str,
 ) -> GradientBounds:
-    """Bounds of the gradients. magnitude: Σ|dy|; weighted: Σ|dy| q (training) or Σ|dy| (|x| + |m|) invstd."""
+    """Bounds of the gradients, those of the parameters in the dtype `parameters`.
+
+    magnitude: Σ|dy|; weighted: Σ|dy| q (training) or Σ|dy| (|x| + |m|) invstd; both times tangent.scale.
+    """
     output, form = FORMATS[dtype], FORMATS[statistics_dtype(dtype)]
     u = form.unit_roundoff
     levels = summation_levels(norm.n) * u
     n = max(norm.n, 1)
-    rate = norm.invstd.high / norm.scale
-    bias_size, weight_size = np.abs(grads.grad_bias.high), np.abs(grads.grad_weight.high)
-    bias_bound = u * bias_size + levels * magnitude + form.smallest
-    weight_bound = u * weight_size + levels * weighted + form.smallest
-    return GradientBounds(
-        rate,
-        2 * output.unit_roundoff,
-        np.full_like(rate, output.smallest),
-        np.abs(norm.weight) * norm.invstd.high,
-        levels if norm.training else 4 * u,
-        1 + (rate * norm.std) * (rate * norm.size),
-        norm.size * rate,
-        bias_size / n,
-        weight_size / n,
-        bias_bound / n,
-        weight_bound / n,
-        Allowance(2 * weight_bound, None),
-        Allowance(2 * bias_bound, None),
-    )
+    with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
+        smallest = form.smallest * grads.tangent.scale
+        bias_mean = np.abs(grads.tangent.shift)
+        weight_mean = np.abs(grads.tangent.tilt) / norm.rate
+
+        stored = FORMATS[parameters]
+
+        def allowance(right: Doubles, error: Doubles) -> Allowance:
+            summation = np.ldexp(levels * error, grads.exponent)
+            return Allowance(2 * (stored.unit_roundoff * right + summation + stored.smallest), None)
+
+        return GradientBounds(
+            norm.rate,
+            2 * output.unit_roundoff,
+            output.smallest,
+            np.abs(norm.line.slope),
+            levels if norm.training else 4 * u,
+            1 + (norm.rate * norm.std) * (norm.rate * norm.size),
+            norm.size * norm.rate,
+            bias_mean,
+            weight_mean,
+            u * bias_mean + (levels * magnitude + smallest) / n,
+            u * weight_mean + (levels * weighted + smallest) / n,
+            allowance(np.abs(grads.grad_weight.high), weighted),
+            allowance(np.abs(grads.grad_bias.high), magnitude),
+        )
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -295,20 +333,21 @@ def grad_input_allowance(
     xh: float,
     dy: float,
     dx: float,
-    rounding: float,
-    base: float,
-    gain: float,
-    levels: float,
-    spread: float,
-    size: float,
-    bias_mean: float,
-    weight_mean: float,
-    bias_error: float,
-    weight_error: float,
+    c: int,
+    limits: GradientBounds,
+    up: float,
+    lift: float,
 ) -> float:
-    """Allowance of one element of grad_input; magnitudes in, see GradientBounds."""
+    """Allowance of one element of grad_input in channel c.
+
+    x, xh: as in y_allowances; dy: |dy| times tangent.scale; dx: the reference's |grad_input|; up, lift:
+    Tangent's.
+    """
+    output = limits.base + limits.rounding * dx
     if not training:
-        return base + rounding * dx + 2.0 * levels * dx
-    direct = levels * (dy + bias_mean + xh * weight_mean) * spread
-    statistics = bias_error + xh * weight_error + levels * sensitivity(x, xh, size) * weight_mean
-    return base + rounding * dx + 2.0 * gain * (direct + statistics)
+        return output + 2.0 * limits.levels * dx
+    weight_mean = limits.weight_mean[c]
+    direct = limits.levels * (dy + limits.bias_mean[c] + xh * weight_mean) * limits.spread[c]
+    moved = limits.levels * sensitivity(x, xh, limits.size[c]) * weight_mean
+    statistics = limits.bias_error[c] + xh * limits.weight_error[c] + moved
+    return output + 2.0 * limits.gain[c] * (direct + statistics) * up * lift

@@ -91,12 +91,6 @@ class Elements:
         return words
 
 
-def fraction(words: Words) -> Doubles:
-    """Uniform in [0, 1), a multiple of 2⁻⁵³."""
-    result: Doubles = (words >> np.uint64(11)) * 2.0**-53
-    return result
-
-
 class _Distribution(BaseModel):
     """What all distributions share: their fields are checked strictly and never change."""
 
@@ -146,7 +140,7 @@ class Uniform(_Distribution):
 
     def sample(self, e: Elements) -> Doubles:
         """low + (high − low)·u."""
-        return self.low + (self.high - self.low) * fraction(e.words[:, 0])
+        return self.low + (self.high - self.low) * _fraction(e.words[:, 0])
 
 
 class Ramp(_Distribution):
@@ -233,7 +227,7 @@ class Sparse(_Distribution):
 
     def sample(self, e: Elements) -> Doubles:
         """Word 6 decides; the normal value uses words 0 to 5."""
-        kept = fraction(e.words[:, 6]) < self.density
+        kept = _fraction(e.words[:, 6]) < self.density
         return np.where(kept, _normal(e.words, self.mean, self.std), 0.0)
 
 
@@ -322,7 +316,7 @@ class File(_Distribution):
         except FileError as error:
             return str(error)
         if shape not in (found, (1, *found)):  # a per-channel tensor is drawn as a batch of one
-            return f"found shape {times(found)} in {self.path}; accepted is {times(shape)}"
+            return f"found shape {_times(found)} in {self.path}; accepted is {_times(shape)}"
         return None
 
     def sample(self, e: Elements) -> Doubles:
@@ -359,7 +353,7 @@ class Channels(_Distribution):
 
     def obstacle(self, shape: tuple[int, ...], dtype: str) -> str | None:
         """That of the first item that has one."""
-        return _first_obstacle(self.items, shape, dtype)
+        return next(filter(None, (item.obstacle(shape, dtype) for item in self.items)), None)
 
     def sample(self, e: Elements) -> Doubles:
         """All items draw from the same words."""
@@ -508,15 +502,9 @@ def _chosen(path: Path, key: str | None, keys: list[str]) -> str:
     return key
 
 
-def times(shape: tuple[int, ...]) -> str:
+def _times(shape: tuple[int, ...]) -> str:
     """Shape as people write it, 32x64x56x56."""
-    return "x".join(map(str, shape)) or "of a single number"
-
-
-def _first_obstacle(
-    items: tuple[_Distribution, ...], shape: tuple[int, ...], dtype: str
-) -> str | None:
-    return next(filter(None, (item.obstacle(shape, dtype) for item in items)), None)
+    return "x".join(map(str, shape)) or "of one number"
 
 
 def _normal(words: Words, mean: float, std: float) -> Doubles:
@@ -531,6 +519,12 @@ def _normal(words: Words, mean: float, std: float) -> Doubles:
     z *= std
     z += mean
     return z
+
+
+def _fraction(words: Words) -> Doubles:
+    """Uniform in [0, 1), a multiple of 2⁻⁵³."""
+    result: Doubles = (words >> np.uint64(11)) * 2.0**-53
+    return result
 
 
 def _signs(words: Words) -> Doubles:

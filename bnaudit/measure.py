@@ -28,9 +28,11 @@ from bnaudit.reference import (
     Array,
     Doubles,
     Gradients,
+    Line,
     Moments,
     Normalization,
     Pair,
+    Tangent,
     bits_of,
     from_bits,
     grad_input_element,
@@ -162,15 +164,17 @@ def _compare(
         finite = bits_of(value) & MAGNITUDE < INFINITY_BITS
         expected = bits_of(right) & MAGNITUDE < INFINITY_BITS
         # An infinity of the right sign is right where the reference may round to it.
-        rounds_up = abs(right) + allowed[i] >= limit and value == math.copysign(math.inf, right)
+        reach = abs(right) + allowed[i]
+        rounds_up = limit <= reach < math.inf and value == math.copysign(math.inf, right)
         difference = abs((value - right) - low[i])
         wrong = finite != expected and not rounds_up
         e = difference if finite and expected else (math.inf if wrong else 0.0)
         error[i] = e
         mismatches += 1 if wrong else 0
         counted = 0.0 if wrong else e
-        # Where nothing is wrong the allowance may be undefined, as for an infinite x.
-        ratio[i] = e / allowed[i] if e != 0.0 else 0.0
+        # Where nothing is wrong the allowance may be undefined, as for an infinite x; where something
+        # is, an infinite allowance forgives nothing.
+        ratio[i] = 0.0 if e == 0.0 else e / allowed[i] if allowed[i] < math.inf else math.inf
         top_ratio = max(top_ratio, bits_of(ratio[i]) & MAGNITUDE)
         top_tight = max(top_tight, bits_of(e / tight[i] if e != 0.0 else 0.0) & MAGNITUDE)
         top_error = max(top_error, bits_of(counted))
@@ -182,6 +186,8 @@ def _compare(
     tally.error[c] = max(tally.error[c], from_bits(top_error))
     tally.ulps[c] = max(tally.ulps[c], from_bits(top_ulps))
     worst = from_bits(top_ratio)
+    if math.isnan(worst):
+        worst = math.inf
     if not worst <= bounds.POOR:
         for i in range(m):
             if not ratio[i] <= bounds.POOR and not error[i] <= coarse[i]:
@@ -212,13 +218,8 @@ def _compare_y(
     offset: int,
     training: bool,
     state: Any,
-    scale: Any,
-    m0: Any,
-    m1: Any,
-    m2: Any,
-    slope: Pair,
+    line: Line,
     weight: Any,
-    bias: Any,
     limits: ElementBounds,
     output: Output,
     tally: Tally,
@@ -232,7 +233,8 @@ def _compare_y(
         for c in range(channels):
             if state[c] == UNJUDGED:
                 continue
-            gain, rate, gamma, beta = scale[c], limits.rate[c], abs(weight[c]), abs(bias[c])
+            scale, rate = line.scale[c], limits.rate[c]
+            gamma, beta = abs(weight[c]), abs(line.bias[c])
             for s in range(0, plane, BLOCK):
                 m = min(BLOCK, plane - s)
                 start = offset + image * plane + s
@@ -244,14 +246,12 @@ def _compare_y(
                     continue
                 for i in range(m):
                     v = np.float64(x_row[i])
-                    right, rest, distance = y_element(
-                        v, gain, m0[c], m1[c], m2[c], slope.high[c], slope.low[c], bias[c]
-                    )
+                    right, rest, distance = y_element(v, c, line)
                     high[i], low[i] = right, rest
                     xh = abs(distance) * rate
                     allowed[i], tight[i] = bounds.y_allowances(
                         training,
-                        abs(v * gain) * rate,
+                        abs(v * scale) * rate,
                         xh,
                         abs(right),
                         limits.rounding,
@@ -276,14 +276,8 @@ def _compare_grad_input(
     offset: int,
     training: bool,
     state: Any,
-    scale: Any,
-    m0: Any,
-    m1: Any,
-    m2: Any,
-    magnitude: Any,
-    slope: Pair,
-    shift: Pair,
-    tilt: Pair,
+    line: Line,
+    tangent: Tangent,
     limits: GradientBounds,
     output: Output,
     tally: Tally,
@@ -297,7 +291,7 @@ def _compare_grad_input(
         for c in range(channels):
             if state[c] == UNJUDGED:
                 continue
-            gain, rate = scale[c], limits.rate[c]
+            scale, rate, dy_scale = line.scale[c], limits.rate[c], tangent.scale[c]
             for s in range(0, plane, BLOCK):
                 m = min(BLOCK, plane - s)
                 start = offset + image * plane + s
@@ -312,38 +306,18 @@ def _compare_grad_input(
                     # In inference the gradient does not depend on x, which may even be infinite.
                     v = np.float64(x_row[i]) if training else 0.0
                     g = np.float64(dy_row[i])
-                    right, rest, distance = grad_input_element(
-                        v,
-                        g,
-                        gain,
-                        m0[c],
-                        m1[c],
-                        m2[c],
-                        magnitude[c],
-                        slope.high[c],
-                        slope.low[c],
-                        shift.high[c],
-                        shift.low[c],
-                        tilt.high[c],
-                        tilt.low[c],
-                    )
+                    right, rest, distance = grad_input_element(v, g, c, line, tangent)
                     high[i], low[i] = right, rest
                     allowed[i] = bounds.grad_input_allowance(
                         training,
-                        abs(v * gain) * rate,
+                        abs(v * scale) * rate,
                         abs(distance) * rate,
-                        abs(g),
+                        abs(g * dy_scale),
                         abs(right),
-                        limits.rounding,
-                        limits.base[c],
-                        limits.gain[c],
-                        limits.levels,
-                        limits.spread[c],
-                        limits.size[c],
-                        limits.bias_mean[c],
-                        limits.weight_mean[c],
-                        limits.bias_error[c],
-                        limits.weight_error[c],
+                        c,
+                        limits,
+                        tangent.up[c],
+                        tangent.lift[c],
                     )
                 _compare(
                     c,
@@ -391,8 +365,7 @@ def _constants(
                     if value != right:
                         misses[c] += 1
                         difference = abs(np.float64(value) - right)
-                        if not difference <= error[c]:
-                            error[c] = difference
+                        error[c] = max(error[c], math.inf if math.isnan(difference) else difference)
 
 
 @njit(cache=True, nogil=True)
@@ -400,27 +373,26 @@ def _weighted(
     x: Any,
     dy: Any,
     training: bool,
-    state: Any,
-    scale: Any,
-    centre: Any,
+    line: Line,
+    tangent: Tangent,
     rate: Any,
     size: Any,
     magnitude: Any,
     weighted: Any,
 ) -> None:
-    """Σ|dy| and Σ|dy| q (training) or Σ|dy| (|x| + |m|) invstd (inference) per channel, in float64."""
+    """Adds Σ|dy| and Σ|dy| q (training) or Σ|dy| (|x| + |m|) invstd per channel, times tangent.scale."""
     images, channels, plane = x.shape
     for image in range(images):
         for c in range(channels):
-            if state[c] != OK:
-                continue
             for s in range(plane):
-                v = np.float64(x[image, c, s]) * scale[c]
-                g = abs(np.float64(dy[image, c, s]))
+                v = np.float64(x[image, c, s]) * line.scale[c]
+                g = abs(np.float64(dy[image, c, s])) * tangent.scale[c]
                 ax = abs(v) * rate[c]
                 magnitude[c] += g
                 if training:
-                    weighted[c] += g * bounds.sensitivity(ax, abs(v - centre[c]) * rate[c], size[c])
+                    weighted[c] += g * bounds.sensitivity(
+                        ax, abs(v - line.m0[c]) * rate[c], size[c]
+                    )
                 else:
                     weighted[c] += g * (ax + size[c])
 
@@ -438,14 +410,6 @@ def _index(case: Case, channel: int, position: int) -> tuple[int, ...]:
 def _flat(tensor: Array) -> Array:
     """An (N, C, *) tensor as (N, C, S)."""
     return tensor.reshape(tensor.shape[0], tensor.shape[1], math.prod(tensor.shape[2:]))
-
-
-class _Elements(NamedTuple):
-    """What both element-wise measurements share: the inputs as (N, C, S) storage and their reference."""
-
-    case: Case
-    x: Array
-    norm: Normalization
 
 
 def _summary(tally: Tally, state: npt.NDArray[np.int64]) -> tuple[int | None, dict[str, Any]]:
@@ -472,9 +436,10 @@ def measure_y(
     form = FORMATS[case.dtype]
     limits = bounds.y_bounds(norm, case.dtype)
     tally = _tally(x.shape[1])
-    m0, m1, m2 = norm.centre
     expected = widen(round_to(norm.bias, case.dtype), case.dtype).astype(np.float64)
-    candidates = norm.constant if norm.training else norm.state == OK
+    candidates = norm.y_state == OK
+    if norm.training:
+        candidates &= norm.constant
     misses, seen = np.zeros(x.shape[1], np.int64), np.zeros(x.shape[1], np.int64)
     error = np.zeros(x.shape[1])
     plane = x.shape[2]
@@ -484,14 +449,9 @@ def measure_y(
             ys,
             first * plane,
             norm.training,
-            norm.state,
-            norm.scale,
-            m0,
-            m1,
-            m2,
-            norm.slope,
+            norm.y_state,
+            norm.line,
             norm.weight,
-            norm.bias,
             limits,
             _output(form),
             tally,
@@ -500,7 +460,7 @@ def measure_y(
             _constants(
                 xs, ys, norm.training, candidates, running_mean, expected, misses, error, seen
             )
-    worst, fields = _summary(tally, norm.state)
+    worst, fields = _summary(tally, norm.y_state)
     if worst is None:
         return Measurement(**fields)
     position = int(tally.position[worst])
@@ -525,12 +485,7 @@ def measure_y(
 
 
 def _y_value(norm: Normalization, c: int, x: float) -> float:
-    if norm.state[c] != OK:
-        return math.nan
-    centre = (m[c] for m in norm.centre)
-    return float(
-        y_element(x, norm.scale[c], *centre, norm.slope.high[c], norm.slope.low[c], norm.bias[c])[0]
-    )
+    return float(y_element(x, c, norm.line)[0]) if norm.y_state[c] == OK else math.nan
 
 
 def measure_grad_input(
@@ -544,9 +499,6 @@ def measure_grad_input(
 ) -> Measurement:
     """Deviation of grad_input; tensors (N, C, S) in the case's storage."""
     tally = _tally(x.shape[1])
-    m0, m1, m2 = norm.centre
-    # A channel whose sums are not finite has no finite gradient, even where y is.
-    state = np.where((norm.state == OK) & np.isnan(grads.shift.high), NONFINITE, norm.state)
     for first, (xs, dys, dxs) in slabs(case.dtype, x, dy, dx):
         _compare_grad_input(
             xs,
@@ -554,37 +506,24 @@ def measure_grad_input(
             dxs,
             first * x.shape[2],
             norm.training,
-            state,
-            norm.scale,
-            m0,
-            m1,
-            m2,
-            grads.gain,
-            grads.slope,
-            grads.shift,
-            grads.tilt,
+            grads.state,
+            norm.line,
+            grads.tangent,
             limits,
             _output(FORMATS[case.dtype]),
             tally,
         )
-    worst, fields = _summary(tally, state)
+    worst, fields = _summary(tally, grads.state)
     if worst is None:
         return Measurement(**fields)
     position = int(tally.position[worst])
     image, s = divmod(position, x.shape[2])
     here = (image, worst, slice(s, s + 1))
     reference = math.nan
-    if state[worst] == OK:
-        reference = float(
-            grad_input_element(
-                float(widen(x[here], case.dtype)[0]) if norm.training else 0.0,
-                float(widen(dy[here], case.dtype)[0]),
-                norm.scale[worst],
-                *(m[worst] for m in norm.centre),
-                grads.gain[worst],
-                *(part[worst] for pair in (grads.slope, grads.shift, grads.tilt) for part in pair),
-            )[0]
-        )
+    if grads.state[worst] == OK:
+        value = float(widen(x[here], case.dtype)[0]) if norm.training else 0.0
+        g = float(widen(dy[here], case.dtype)[0])
+        reference = float(grad_input_element(value, g, worst, norm.line, grads.tangent)[0])
     return Measurement(
         **fields,
         worst=Worst(
@@ -608,12 +547,15 @@ def measure_channels(
         # An overflow of the statistics dtype is an error of the value only where it need not happen.
         limit = form.largest * (1 + form.unit_roundoff / 2)
         rounds_up = np.isinf(value) & (np.sign(value) == np.sign(right.high))
-        rounds_up &= np.abs(right.high) + allowance.allowed >= limit
+        reach = np.abs(right.high) + allowance.allowed
+        rounds_up &= (reach >= limit) & (reach < math.inf)
         wrong = judged & (finite != expected) & ~(expected & rounds_up)
         error = np.where(finite & expected, np.abs((value - right.high) - right.low), 0.0)
         error = np.where(wrong, math.inf, error)
-        # Where nothing is wrong the allowance may be undefined: it follows from the reference.
-        ratio = np.where(judged & (error != 0), error / allowance.allowed, 0.0)
+        # Where nothing is wrong the allowance may be undefined, as it follows from the reference; where
+        # something is, an infinite allowance forgives nothing.
+        ratio = np.where(allowance.allowed < math.inf, error / allowance.allowed, math.inf)
+        ratio = np.where(judged & (error != 0), ratio, 0.0)
         ulps = np.array([ulp(v, form.precision, form.min_exponent) for v in right.high.tolist()])
         counted = np.where(wrong | ~judged, 0.0, error)
         max_ulp_error = float(np.where(counted > 0, counted / ulps, 0.0).max())
@@ -715,27 +657,27 @@ class Reference:
             exact(self.running_mean),
             exact(self.running_var),
             size=np.abs(self.running_mean),
-            largest=largest,
+            largest=np.maximum(largest, np.abs(self.running_mean)),
         )
 
     def _gradient_bounds(self, grads: Gradients, x: Array, dy: Array) -> GradientBounds:
         norm, dtype = self.norm, self.case.dtype
-        rate = norm.invstd.high / norm.scale
         magnitude, weighted = np.zeros(x.shape[1]), np.zeros(x.shape[1])
         for _, (xs, dys) in slabs(dtype, x, dy):
             _weighted(
                 xs,
                 dys,
                 norm.training,
-                norm.state,
-                norm.scale,
-                norm.centre[0],
-                rate,
-                norm.size * rate,
+                norm.line,
+                grads.tangent,
+                norm.rate,
+                norm.size * norm.rate,
                 magnitude,
                 weighted,
             )
-        return bounds.gradient_bounds(norm, grads, magnitude, weighted, dtype)
+        return bounds.gradient_bounds(
+            norm, grads, magnitude, weighted, dtype, self.case.parameter_dtype
+        )
 
     def _statistics_bounds(self, batch: Moments) -> bounds.StatisticsBounds:
         norm = normalization(
@@ -797,6 +739,7 @@ class Reference:
                 return measure_channels(got, zero, exact, np.zeros(case.channels, np.int64), params)
             right = self.grads.grad_weight if name == "grad_weight" else self.grads.grad_bias
             allowance = getattr(self.gradient_bounds, name)
+            # grad_bias is a plain sum: no variance spoils it.
             state = norm.state if name == "grad_weight" else np.zeros_like(norm.state)
             return measure_channels(got, right, allowance, state, params)
         if case.mode != "training" or case.n == 0:
@@ -807,7 +750,7 @@ class Reference:
             return measure_channels(got, norm.mean, bounds.mean_allowance(batch), state, statistics)
         if name == "batch_var":
             return measure_channels(got, norm.var, bounds.var_allowance(batch), state, statistics)
-        allowance = bounds.invstd_allowance(norm, batch, case.eps, case.dtype)
+        allowance = bounds.invstd_allowance(norm, case.dtype)
         return measure_channels(got, norm.invstd, allowance, norm.state, statistics)
 
     def _measure_running(self, name: str, got: Array, declared: Declarations) -> Measurement:
@@ -816,11 +759,7 @@ class Reference:
         start = self.running_mean if is_mean else self.running_var
         fresh = np.zeros(case.channels, np.int64)
         if case.mode == "inference" or case.n == 0:
-            # Nothing may move: any difference is a fault.
-            same = Allowance(np.full(case.channels, 2.0**-1074), None)
-            return measure_channels(
-                got, Pair(start, np.zeros(case.channels)), same, fresh, case.parameter_dtype
-            )
+            return _unchanged(got.astype(np.float64), start)
         correction = 0 if is_mean else declared.running_var_correction
         factor = Fraction(case.n, max(case.n - correction, 1))
         weights = [step_weight(case.momentum, step) for step in range(1, case.steps + 1)]
@@ -835,16 +774,8 @@ class Reference:
             statistic = np.array([math.nan if v is None else nearest(*v) for v in values])
             limits.append((statistic, b.mean if is_mean else b.var))
         allowance = bounds.running_allowance(
-            start, limits, [float(w) for w in weights], float(factor), case.dtype
+            start, limits, [float(w) for w in weights], float(factor), case.parameter_dtype
         )
-        if case.param_dtype == "same" and case.dtype != case.statistics_dtype:
-            form = FORMATS[case.dtype]
-            allowance = Allowance(
-                allowance.allowed
-                + 4 * len(weights) * form.unit_roundoff * np.abs(right.high)
-                + form.smallest,
-                None,
-            )
         measurement = measure_channels(got, right, allowance, fresh, case.parameter_dtype)
         if case.n == 1 and not is_mean and not _passes(measurement):
             # With one value per channel the unbiased variance is undefined: it may also stay as it was.
@@ -854,14 +785,32 @@ class Reference:
         return measurement
 
 
+def _unchanged(got: Doubles, start: Doubles) -> Measurement:
+    """Running statistics that must be as they were, bit for bit; any NaN is as good as another."""
+    moved = ~((got == start) | (np.isnan(got) & np.isnan(start)))
+    worst = int(np.argmax(moved))
+    with np.errstate(invalid="ignore"):
+        error = np.where(moved & np.isfinite(got - start), np.abs(got - start), 0.0)
+    return Measurement(
+        max_abs_error=float(error.max()),
+        max_ulp_error=math.inf if moved.any() else 0.0,
+        bound_ratio=math.inf if moved.any() else 0.0,
+        nonfinite=int((moved & (np.isfinite(got) != np.isfinite(start))).sum()),
+        worst=Worst((worst,), float(got[worst]), float(start[worst])),
+    )
+
+
 def _passes(measurement: Measurement) -> bool:
     ratio = measurement.bound_ratio
     return ratio is None or (ratio <= 1 and measurement.nonfinite == 0)
 
 
 def _caffe_weights(case: Case) -> list[Fraction]:
-    """Weights with which R ← (1 − w) R + w v yields Caffe's Σ f^(t−k) v_k / Σ f^(t−k), f = 1 − momentum."""
-    decay = 1 - step_weight(case.momentum, 1)
+    """Weights with which R ← (1 − w) R + w v yields Caffe's average, Σ f^(t−k) v_k / Σ f^(t−k).
+
+    f is 1 − momentum, and 1 where momentum is null.
+    """
+    decay = 1 - Fraction(0 if case.momentum is None else case.momentum)
     total, weights = Fraction(0), []
     for _ in range(case.steps):
         total = total * decay + 1

@@ -46,11 +46,15 @@ LOWEST = -2304
 """The accumulator: 32-bit digits kept in int64, digit j worth 2^(LOWEST + 32j).
 
 Products of float64 reach from 2^-2148 to 2^2048; windows of a block may start up to 153 bits below what
-they hold, hence the room. A digit takes 2^31 additions before it could overflow.
+they hold, hence the room. A digit takes at least 2^29 additions of a product before it could overflow;
+carries are resolved after every slab.
 """
 
 SLAB = 1 << 20
 """Elements of 16-bit input that are widened to float32 at a time, to keep memory bounded."""
+
+WIDE_SLAB = 1 << 27
+"""Elements of 32- and 64-bit input between two resolutions of the carries."""
 
 MAGNITUDE = 0x7FFF_FFFF_FFFF_FFFF
 """Mask that clears the sign bit of a float64."""
@@ -370,6 +374,16 @@ def _accumulate(
                         _add_product(cross[c], u[i], v[i])
 
 
+@njit(cache=True, nogil=True)
+def _carry(limbs: Any) -> None:
+    """Brings every digit but the highest below 2^32, without a change of the value. limbs: (C, LIMBS)."""
+    for c in range(limbs.shape[0]):
+        for j in range(LIMBS - 1):
+            carry = limbs[c, j] >> 32
+            limbs[c, j] -= carry << 32
+            limbs[c, j + 1] += carry
+
+
 class Scaled(NamedTuple):
     """The rational number numerator · 2^exponent, exactly."""
 
@@ -406,7 +420,7 @@ def slabs(dtype: str, *tensors: Array) -> Iterator[tuple[int, list[Array]]]:
     """Cuts (N, C, S) tensors along N and widens 16-bit storage: (first image, float32 or float64 arrays)."""
     images = tensors[0].shape[0]
     row = max(1, tensors[0][:1].size)
-    step = max(1, SLAB // row) if storage(dtype).itemsize == 2 else max(1, images)
+    step = max(1, (SLAB if storage(dtype).itemsize == 2 else WIDE_SLAB) // row)
     for start in range(0, images, step):
         yield start, [widen(t[start : start + step], dtype) for t in tensors]
 
@@ -422,6 +436,8 @@ def exact_sums(dtype: str, a: Array, b: Array | None = None) -> Sums:
     narrow = dtype != "float64"
     for _, parts in slabs(dtype, a) if b is None else slabs(dtype, a, b):
         _accumulate(parts[0], parts[-1], b is None, narrow, first, cross, size, top, top_b)
+        for limbs in (first, cross, size):
+            _carry(limbs)
     finite = top < INFINITY_BITS
     both = finite & (top_b < INFINITY_BITS)
     return Sums(
@@ -550,24 +566,48 @@ def moments(dtype: str, x: Array) -> Moments:
     return Moments(n, mean, var, np.array(size), sums.largest)
 
 
+OK, NONFINITE, UNJUDGED = 0, 1, 2
+"""State of a channel: judged, its right result is not finite, or variance + eps is not positive."""
+
+EXTREME = 400
+"""Exponents beyond which float64 values are scaled, so that no intermediate result leaves the range."""
+
+
+class Line(NamedTuple):
+    """Coefficients of y = (x·scale − (m0 + m1 + m2)) · (slope + slope_low) · up · lift + bias, per channel.
+
+    All (C,) float64. slope is near 1: what weight·invstd / scale is beyond that is up·lift, powers of two.
+    scale is a power of two as well, and 1 unless float64 values are extreme.
+    """
+
+    scale: Doubles
+    m0: Doubles
+    m1: Doubles
+    m2: Doubles
+    slope: Doubles
+    slope_low: Doubles
+    up: Doubles
+    lift: Doubles
+    bias: Doubles
+
+
 @dataclass(frozen=True)
 class Normalization:
-    """y = (x − mean) · invstd · weight + bias, ready to be evaluated element by element.
+    """The statistics of each channel, and what y is made of. All arrays (C,) float64.
 
-    All arrays (C,) float64. `centre` is the mean as three terms; `slope` is weight·invstd as two. Where
-    float64 values are extreme, x is to be multiplied by `scale`, a power of two; centre, std and size
-    are multiplied by it already, slope is divided by it. Elsewhere scale is 1.
-    state: OK, NONFINITE (the right result is not finite) or UNJUDGED (variance + eps is not positive).
-    size: mean |x| (training) or |running_mean| (inference).
+    state: of the statistics; y_state: of y, which a weight or bias that is not finite spoils as well.
+    rate: invstd / scale. std, size: standard deviation and mean |x| (in inference |running_mean|), both
+    times scale. exponent: slope · 2^exponent is weight·invstd.
     """
 
     n: int
     training: bool
     state: npt.NDArray[np.int64]
+    y_state: npt.NDArray[np.int64]
     constant: npt.NDArray[np.bool_]
-    scale: Doubles
-    centre: tuple[Doubles, Doubles, Doubles]
-    slope: Pair
+    line: Line
+    exponent: npt.NDArray[np.int64]
+    rate: Doubles
     std: Doubles
     size: Doubles
     mean: Pair
@@ -577,7 +617,16 @@ class Normalization:
     bias: Doubles
 
 
-OK, NONFINITE, UNJUDGED = 0, 1, 2
+def powers(exponent: npt.NDArray[np.int64]) -> tuple[Doubles, Doubles]:
+    """2^exponent as a product of two factors, each in float64's range for |exponent| <= 2000."""
+    half = exponent // 2
+    return np.ldexp(1.0, half), np.ldexp(1.0, exponent - half)
+
+
+def _scaling(largest: float) -> int:
+    """The exponent by which values up to `largest` are to be divided; 0 where that is not needed."""
+    exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
+    return max(-1000, min(1000, exponent)) if abs(exponent) > EXTREME else 0
 
 
 def normalization(
@@ -592,12 +641,16 @@ def normalization(
     n: int,
     training: bool,
 ) -> Normalization:
-    """Exact mean, variance and affine parameters of each channel, turned into coefficients."""
+    """Exact mean, variance and affine parameters of each channel, turned into coefficients.
+
+    largest: what bounds |x| and |mean|. size: see Normalization, but not scaled.
+    """
     channels = len(mean)
     state = np.zeros(channels, np.int64)
     constant = np.zeros(channels, np.bool_)
-    scale = np.ones(channels)
-    std = np.full(channels, math.nan)
+    shift = np.zeros(channels, np.int64)
+    exponent = np.zeros(channels, np.int64)
+    rate, std = np.full((2, channels), math.nan)
     centres: list[tuple[float, ...]] = [(math.nan,) * 3] * channels
     means: list[tuple[float, ...]] = [UNDEFINED] * channels
     variances: list[tuple[float, ...]] = [UNDEFINED] * channels
@@ -606,37 +659,41 @@ def normalization(
     eps_p, eps_q = eps.as_integer_ratio()
     for c in range(channels):
         m, v = mean[c], var[c]
-        if m is None or v is None or not (math.isfinite(weight[c]) and math.isfinite(bias[c])):
+        if m is None or v is None:
             state[c] = NONFINITE
             continue
         constant[c] = v[0] == 0 and training
-        centres[c] = expand(*m, terms=3)
-        means[c] = centres[c][:2]
+        shift[c] = e = _scaling(float(largest[c]))
+        centres[c] = expand(*_ratio(Scaled(m[0], -e), m[1]), terms=3)
+        means[c] = expand(*m)
         variances[c] = expand(*v)
-        std[c] = math.sqrt(variances[c][0])
+        std[c] = math.sqrt(max(0.0, nearest(*_ratio(Scaled(v[0], -2 * e), v[1]))))
         numerator, denominator = v[0] * eps_q + eps_p * v[1], v[1] * eps_q
         if numerator <= 0:
             state[c] = UNJUDGED
             continue
         r, q = root(denominator, numerator)
         inverse[c] = expand(r, q)
-        exponent = math.frexp(largest[c])[1]
-        shift = max(-900, min(900, exponent)) if abs(exponent) > 400 else 0
-        if shift:
-            scale[c] = math.ldexp(1.0, -shift)
-            centres[c] = expand(*_ratio(Scaled(m[0], -shift), m[1]), terms=3)
-            std[c] = math.sqrt(nearest(*_ratio(Scaled(v[0], -2 * shift), v[1])))
+        rate[c] = nearest(*_ratio(Scaled(r, e), q))
+        if not math.isfinite(weight[c]):
+            continue
         a, b = float(weight[c]).as_integer_ratio()
-        slopes[c] = expand(*_ratio(Scaled(a * r, shift), b * q))
-    terms = np.array(centres, np.float64).reshape(channels, 3)
+        p, q = a * r, b * q
+        exponent[c] = p.bit_length() - q.bit_length()
+        slopes[c] = expand(*_ratio(Scaled(p, -int(exponent[c])), q))
+    m0, m1, m2 = np.array(centres, np.float64).reshape(channels, 3).T.copy()
+    slope = _pair(slopes)
+    up, lift = powers(exponent + shift)
+    scale = np.ldexp(1.0, -shift)
     return Normalization(
         n,
         training,
         state,
+        np.where((state == OK) & ~np.isfinite(weight + bias), NONFINITE, state),
         constant,
-        scale,
-        (terms[:, 0].copy(), terms[:, 1].copy(), terms[:, 2].copy()),
-        _pair(slopes),
+        Line(scale, m0, m1, m2, slope.high, slope.low, up, lift, bias),
+        exponent,
+        rate,
         std,
         size * scale,
         _pair(means),
@@ -649,7 +706,7 @@ def normalization(
 
 @njit(cache=True, nogil=True)
 def deviation(x: float, scale: float, m0: float, m1: float, m2: float) -> tuple[float, float]:
-    """x·scale − (m0 + m1 + m2) as a pair, relative error below 2^-80 whatever cancels."""
+    """x·scale − (m0 + m1 + m2) as a pair, relative error below 2^-80 unless x·scale underflows."""
     high, low = two_sum(x * scale, -m0)
     high, rest = two_sum(high, -m1)
     return fast_two_sum(high, (low + rest) - m2)
@@ -670,41 +727,49 @@ def add(ah: float, al: float, bh: float, bl: float) -> tuple[float, float]:
 
 
 @njit(cache=True, nogil=True, inline="always")
-def y_element(
-    x: float,
-    scale: float,
-    m0: float,
-    m1: float,
-    m2: float,
-    slope: float,
-    slope_low: float,
-    bias: float,
-) -> tuple[float, float, float]:
-    """(high, low, distance): y = high + low within 2^-80 (|y − bias| + |bias|), distance = scaled x − mean."""
-    d, d_low = deviation(x, scale, m0, m1, m2)
-    p, p_low = multiply(d, d_low, slope, slope_low)
-    y, y_low = add(p, p_low, bias, 0.0)
+def y_element(x: float, c: int, line: Line) -> tuple[float, float, float]:
+    """(high, low, distance): y = high + low, distance = scaled x − mean, in channel c.
+
+    The error of y is below 2^-80 (|y − bias| + |bias|), or a few units of 2^-1074.
+    """
+    d, d_low = deviation(x, line.scale[c], line.m0[c], line.m1[c], line.m2[c])
+    p, p_low = multiply(d, d_low, line.slope[c], line.slope_low[c])
+    up, lift = line.up[c], line.lift[c]
+    y, y_low = add(p * up * lift, p_low * up * lift, line.bias[c], 0.0)
     return y, y_low, d
 
 
 # --- gradients -------------------------------------------------------------------------------------
 
 
+class Tangent(NamedTuple):
+    """Coefficients of grad_input = slope · (dy·scale − shift − (x − mean) · tilt) · up · lift, per channel.
+
+    All (C,) float64. x − mean and slope are those of Line; shift and tilt are divided by its scales, and
+    0 in inference. scale and up·lift are powers of two, scale 1 unless dy is extreme.
+    """
+
+    scale: Doubles
+    shift: Doubles
+    shift_low: Doubles
+    tilt: Doubles
+    tilt_low: Doubles
+    up: Doubles
+    lift: Doubles
+
+
 @dataclass(frozen=True)
 class Gradients:
     """grad_weight and grad_bias as pairs (NaN where not finite), and grad_input's coefficients.
 
-    grad_input = gain · slope · (dy − shift − (x − mean) · tilt), where x − mean is scaled as in
-    Normalization, tilt is divided by that scale, and gain · slope is weight·invstd, gain being the
-    power of two that brings slope near 1. shift and tilt are 0 in inference.
+    exponent: -log2 of tangent.scale. state: of grad_input.
     """
 
     grad_weight: Pair
     grad_bias: Pair
-    gain: Doubles
-    slope: Pair
-    shift: Pair
-    tilt: Pair
+    tangent: Tangent
+    exponent: npt.NDArray[np.int64]
+    state: npt.NDArray[np.int64]
 
 
 def gradients(
@@ -718,8 +783,10 @@ def gradients(
     channels = x.shape[1]
     weights: list[tuple[float, ...]] = [UNDEFINED] * channels
     biases: list[tuple[float, ...]] = [UNDEFINED] * channels
-    shifts: list[tuple[float, ...]] = [UNDEFINED] * channels
-    tilts: list[tuple[float, ...]] = [UNDEFINED] * channels
+    shifts: list[tuple[float, ...]] = [(0.0, 0.0)] * channels
+    tilts: list[tuple[float, ...]] = [(0.0, 0.0)] * channels
+    state = np.where((norm.state == OK) & ~np.isfinite(norm.weight), NONFINITE, norm.state)
+    exponent = np.array([_scaling(v) for v in sums.largest.tolist()], np.int64)
     eps_p, eps_q = eps.as_integer_ratio()
     for c in range(channels):
         total, cross = sums.first[c], sums.cross[c]
@@ -728,9 +795,9 @@ def gradients(
             biases[c] = expand(*_ratio(total, 1))
         if mean is None or var is None or norm.state[c] != OK:
             continue
-        if not norm.training:
-            shifts[c] = tilts[c] = (0.0, 0.0)
         if total is None or cross is None:
+            # In training the sums are in every element; in inference only grad_weight needs them.
+            state[c] = NONFINITE if norm.training else state[c]
             continue
         # D = Σ dy (x − mean) = Σ dy·x − mean · Σ dy
         (tp, tq), (cp, cq) = _ratio(total, 1), _ratio(cross, 1)
@@ -740,43 +807,34 @@ def gradients(
         p, q = root(dp * dp * vq, dq * dq * vp)
         weights[c] = expand(p if dp >= 0 else -p, q)
         if norm.training:
-            shifts[c] = expand(tp, tq * norm.n)
-            up = 1 - math.frexp(norm.scale[c])[1]  # tilt / scale, scale being 2^-up
-            tilts[c] = expand(*_ratio(Scaled(dp * vq, up), dq * norm.n * vp))
-    exponent = np.frexp(norm.slope.high)[1]
-    return Gradients(
-        _pair(weights),
-        _pair(biases),
-        np.ldexp(norm.scale, exponent),
-        Pair(np.ldexp(norm.slope.high, -exponent), np.ldexp(norm.slope.low, -exponent)),
-        _pair(shifts),
-        _pair(tilts),
+            e = int(exponent[c])
+            shifts[c] = expand(*_ratio(Scaled(tp, -e), tq * norm.n))
+            x_exponent = 1 - math.frexp(norm.line.scale[c])[1]
+            tilts[c] = expand(*_ratio(Scaled(dp * vq, x_exponent - e), dq * norm.n * vp))
+    shift, tilt = _pair(shifts), _pair(tilts)
+    up, lift = powers(norm.exponent + exponent)
+    tangent = Tangent(
+        np.ldexp(1.0, -exponent), shift.high, shift.low, tilt.high, tilt.low, up, lift
     )
+    return Gradients(_pair(weights), _pair(biases), tangent, exponent, state)
 
 
 @njit(cache=True, nogil=True, inline="always")
 def grad_input_element(
-    x: float,
-    dy: float,
-    scale: float,
-    m0: float,
-    m1: float,
-    m2: float,
-    gain: float,
-    slope: float,
-    slope_low: float,
-    shift: float,
-    shift_low: float,
-    tilt: float,
-    tilt_low: float,
+    x: float, dy: float, c: int, line: Line, tangent: Tangent
 ) -> tuple[float, float, float]:
-    """(high, low, distance): grad_input within 2^-78 |slope| (|dy| + |shift| + |x − mean| |tilt|)."""
-    d, d_low = deviation(x, scale, m0, m1, m2)
-    t, t_low = multiply(d, d_low, tilt, tilt_low)
-    g, g_low = add(dy, 0.0, -shift, -shift_low)
+    """(high, low, distance): grad_input = high + low, distance = scaled x − mean, in channel c.
+
+    The error is below 2^-78 |slope| (|dy| + |shift| + |x − mean| |tilt|), or a few units of 2^-1074 (where
+    dy is scaled: of 2^-1074 |slope| max |dy|).
+    """
+    d, d_low = deviation(x, line.scale[c], line.m0[c], line.m1[c], line.m2[c])
+    t, t_low = multiply(d, d_low, tangent.tilt[c], tangent.tilt_low[c])
+    g, g_low = add(dy * tangent.scale[c], 0.0, -tangent.shift[c], -tangent.shift_low[c])
     g, g_low = add(g, g_low, -t, -t_low)
-    h, h_low = multiply(g, g_low, slope, slope_low)
-    return gain * h, gain * h_low, d
+    h, h_low = multiply(g, g_low, line.slope[c], line.slope_low[c])
+    up, lift = tangent.up[c], tangent.lift[c]
+    return h * up * lift, h_low * up * lift, d
 
 
 # --- running statistics ----------------------------------------------------------------------------

@@ -410,7 +410,7 @@ def _count(node: Node, field: str = "") -> int:
         return math.prod(_count(item, name) for name, item in node.value.items())
     if isinstance(node.value, tuple):
         combine = sum if _is_axis(node.value, field) else math.prod
-        return combine(_count(item) for item in node.value)
+        return combine(_count(item, field) for item in node.value)
     return 1
 
 

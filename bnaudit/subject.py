@@ -27,6 +27,7 @@ import numpy as np
 
 from bnaudit import worker as worker_package
 from bnaudit.inputs import Array, Inputs
+from bnaudit.measure import Declarations
 from bnaudit.scenario import Case
 from bnaudit.worker import plugin
 from bnaudit.worker.backends import BACKENDS
@@ -79,14 +80,6 @@ class SubjectError(Exception):
 
 
 @dataclass(frozen=True)
-class Declarations:
-    """What a backend says of its running statistics: the variance's correction and the update rule."""
-
-    running_var_correction: int = 1
-    running_update: str = "ema"
-
-
-@dataclass(frozen=True)
 class Reply:
     """What became of one case on one backend.
 
@@ -109,7 +102,7 @@ class Reply:
     output_dtypes: Mapping[str, str] = field(default_factory=dict)
     kernel: str | None = None
     seconds: float | None = None
-    declarations: Declarations = Declarations()
+    declarations: Declarations = field(default_factory=Declarations)
 
 
 class _Failure(Exception):  # noqa: N818 - what happened to a request

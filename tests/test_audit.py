@@ -14,7 +14,9 @@ from correct import outputs
 from bnaudit import audit
 from bnaudit.audit import CaseFacts, ControlOutcome, Result, Selected, summarize
 from bnaudit.inputs import Inputs
+from bnaudit.measure import Declarations
 from bnaudit.scenario import Case, Scenario, load
+from bnaudit.subject import Reply
 
 SCENARIO = """
 name: {name}
@@ -45,19 +47,17 @@ class Subject:
 
 
 def replying(outcome: str, **known: Any) -> Any:
-    declared = SimpleNamespace(running_var_correction=1, running_update="ema")
-    return SimpleNamespace(
-        outcome=outcome,
-        **{
-            "reason": None,
-            "detail": None,
-            "outputs": {},
-            "kernel": None,
-            "seconds": 0.0,
-            "declarations": declared,
-            **known,
-        },
-    )
+    fields: dict[str, Any] = {
+        "reason": None,
+        "detail": None,
+        "outputs": {},
+        "output_dtypes": {},
+        "kernel": None,
+        "seconds": 0.0,
+        "declarations": Declarations(),
+        **known,
+    }
+    return Reply(outcome=outcome, **fields)
 
 
 def scenarios(folder: Path, *texts: str) -> list[Scenario]:

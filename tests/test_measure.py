@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from correct import Array, outputs, prepare
 
-from bnaudit import reference
+from bnaudit import measure, reference
+from bnaudit.bounds import FORMATS
 from bnaudit.measure import Declarations, Measurement, Reference
 from bnaudit.verdict import Verdict, judge
 from bnaudit.worker.rounding import round_to, widen
@@ -369,3 +370,189 @@ def test_a_wrong_gradient_is_found(tmp_path: Path, dtype: str, name: str) -> Non
     changed = {name: round_to(wrong, dtype) if name == "grad_input" else wrong}
     verdict, _ = judged(tmp_path, text, None, **changed)
     assert verdict.quantities[name].status == "fail"
+
+
+def test_a_negative_running_variance_is_no_accident(tmp_path: Path) -> None:
+    text = "input: {distribution: normal}\nshape: [2, 3, 4]\nmode: inference\nrunning: {mean: 0, var: %s}\n"
+    assert judged(tmp_path, text % "-1.0e-6")[0].status == "pass"
+    verdict, _ = judged(tmp_path, text % "-1")
+    assert "not judged" in (verdict.quantities["y"].reason or "")
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_parameters_in_half_precision_are_judged_by_their_own_rounding(
+    tmp_path: Path, dtype: str, steps: int
+) -> None:
+    text = f"""
+input: {{distribution: normal, mean: 30}}
+shape: [8, 2, 64]
+dtype: {dtype}
+backward: true
+param_dtype: same
+momentum: 0.5
+steps: {steps}
+running: {{mean: -800, var: 300}}
+"""
+    case, inputs = prepare(tmp_path, text)
+    exact = outputs(case, inputs)
+    stored = {
+        name: widen(round_to(value.astype(np.float64), dtype), dtype)
+        for name, value in exact.items()
+        if name.startswith(("running", "grad_weight", "grad_bias"))
+    }
+    verdict, _ = judged(tmp_path, text, None, **stored)
+    assert verdict.status == "pass", verdict.reason
+
+
+@pytest.mark.parametrize("momentum", ["0.1", "null"])
+def test_caffe_averages_scaled_sums(tmp_path: Path, momentum: str) -> None:
+    text = f"input: {{distribution: normal}}\nshape: [2, 3, 4]\nsteps: 3\nmomentum: {momentum}\n"
+    case, inputs = prepare(tmp_path, text)
+    means = inputs.x.astype(np.float64).mean((1, 3))
+    f = 1.0 if momentum == "null" else 1 - 0.1
+    mean = (f * f * means[0] + f * means[1] + means[2]) / (f * f + f + 1)
+    given = {"running_mean": mean}
+    declared = Declarations(running_update="caffe")
+    m = Reference(case, inputs).measure(given, declared)["running_mean"]
+    assert m.bound_ratio is not None
+    assert m.bound_ratio < 1e-3
+
+
+def test_an_infinite_bias_spoils_y_alone(tmp_path: Path) -> None:
+    text = """
+input: {distribution: normal}
+shape: [2, 3, 4]
+dtype: float16
+param_dtype: same
+backward: true
+affine: {weight: 1, bias: 70000}
+"""
+    verdict, measured = judged(tmp_path, text)
+    assert verdict.status == "pass", verdict.reason
+    for name in ("batch_mean", "running_var", "grad_input", "grad_weight"):
+        assert measured[name].nonfinite == 0
+        assert math.isfinite(measured[name].worst.reference), name  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("value", [7.0, math.nan])
+def test_the_constant_rule_spares_what_is_not_judged(tmp_path: Path, value: float) -> None:
+    text = CONSTANT.format(value=3) + "eps: 0\n"
+    y = np.full((1, 1, 3, 3), value, np.float32)
+    assert judged(tmp_path, text, y=y)[0].status == "pass"
+
+
+def test_grad_bias_keeps_its_allowance_beside_a_spoilt_variance(tmp_path: Path) -> None:
+    text = CONSTANT.format(value=3).replace("[1, 1, 3, 3]", "[64, 1, 8, 8]")
+    text += "eps: 0\nbackward: true\n"
+    case, inputs = prepare(tmp_path, text)
+    assert inputs.grad_output is not None
+    total = np.add.reduce(inputs.grad_output[0].reshape(-1), dtype=np.float32).reshape(1)
+    m = Reference(case, inputs).measure({"grad_bias": total}, Declarations())["grad_bias"]
+    assert m.bound_ratio is not None
+    assert m.bound_ratio <= 1
+
+
+@pytest.mark.parametrize("eps", ["0", "1e-12"])
+@pytest.mark.parametrize("wrong", [0.0, 1e30, math.inf])
+def test_no_invstd_is_right_because_the_input_is_hard(
+    tmp_path: Path, wrong: float, eps: str
+) -> None:
+    text = f"input: {{distribution: normal, mean: 10000, std: 0.001}}\nshape: [64, 1, 8, 8]\neps: {eps}\n"
+    verdict, measured = judged(tmp_path, text, invstd=np.full(1, wrong))
+    assert (measured["invstd"].bound_ratio or 0) > 0.05
+    if wrong != 0:
+        assert verdict.quantities["invstd"].status == "fail"
+
+
+@pytest.mark.parametrize(
+    ("std", "weight", "eps"),
+    [
+        ("1e+100", "1e-215", "1e-5"),
+        ("1e+60", "1e-250", "1e-5"),
+        ("1e+20", "1e-290", "1e-5"),
+        ("1e-115", "1e+200", "0"),
+        ("1e-200", "1e+150", "0"),
+        ("1e+300", "1e-30", "1e-5"),
+        ("1e-310", "1", "0"),
+        ("1e+200", "1", "1e-5"),
+    ],
+)
+def test_float64_extremes_of_weight_and_scale_are_judged(
+    tmp_path: Path, std: str, weight: str, eps: str
+) -> None:
+    text = f"""
+input: {{distribution: normal, std: {std}}}
+shape: [4, 2, 8]
+dtype: float64
+eps: {eps}
+affine: {{weight: {weight}, bias: 0}}
+"""
+    verdict, measured = judged(tmp_path, text)
+    assert verdict.quantities["y"].status == "pass", verdict.reason
+    assert measured["y"].bound_ratio is not None
+    y = right(tmp_path, text)["y"] * -3e5
+    assert judged(tmp_path, text, y=y)[0].quantities["y"].status == "fail"
+
+
+def test_inference_far_from_the_running_mean_is_judged(tmp_path: Path) -> None:
+    for mean, weight in (("1e+115", "1"), ("1", "1e-150")):
+        text = f"""
+input: {{distribution: normal, std: 1e-200}}
+shape: [4, 2, 8]
+dtype: float64
+mode: inference
+running: {{mean: {mean}, var: 1}}
+affine: {{weight: {weight}, bias: 0}}
+"""
+        verdict, _ = judged(tmp_path, text)
+        assert verdict.quantities["y"].status == "pass", verdict.reason
+
+
+def test_gradients_of_huge_dy_do_not_overflow_on_the_way(tmp_path: Path) -> None:
+    text = """
+input: {distribution: normal, std: 1e+10}
+shape: [4, 2, 8]
+dtype: float64
+backward: true
+grad_output: {distribution: alternating, amplitude: 1.7e+308}
+"""
+    verdict, measured = judged(tmp_path, text)
+    assert verdict.quantities["grad_input"].status == "pass", verdict.reason
+    dx = np.full((4, 2, 8), math.nan)
+    assert judged(tmp_path, text, grad_input=dx)[0].quantities["grad_input"].status == "fail"
+    assert measured["grad_bias"].nonfinite == 0
+    wrong = np.full(2, 1e305)
+    assert judged(tmp_path, text, grad_bias=wrong)[0].quantities["grad_bias"].status == "fail"
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 2.0])
+def test_in_inference_an_infinite_running_variance_may_not_change_either(
+    tmp_path: Path, value: float
+) -> None:
+    text = """
+input: {distribution: normal}
+shape: [2, 3]
+dtype: float16
+param_dtype: same
+mode: inference
+running: {mean: 0, var: 70000}
+"""
+    given = np.full(3, value, np.float32)
+    verdict, _ = judged(tmp_path, text, running_var=given)
+    expected = "pass" if value == math.inf else "fail"
+    assert verdict.quantities["running_var"].status == expected
+
+
+def test_a_ratio_that_is_not_a_number_is_never_forgotten() -> None:
+    m = 4
+    tally = measure._tally(1)
+    output = measure._output(FORMATS["float32"])
+    ones = np.ones(m)
+    buffers = [np.empty(m), np.empty(m)]
+    for got, allowed in ((5 * ones, ones * math.nan), (ones, ones)):
+        measure._compare(
+            0, 0, m, got, ones, 0 * ones, allowed, allowed, ones, *buffers, output, tally
+        )
+    assert tally.ratio[0] == math.inf
+    assert tally.position[0] == 0

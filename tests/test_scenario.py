@@ -232,7 +232,7 @@ def test_every_parameter_has_a_part_in_the_key() -> None:
 
 def test_a_key_is_the_same_on_every_machine() -> None:
     """A changed key makes every stored report and baseline incomparable."""
-    assert the_case(PLAIN).key[:16] == "GOLDEN"
+    assert the_case(PLAIN).key[:16] == "cf594af022974fa8"
 
 
 def test_the_content_of_a_file_of_values_has_a_part_in_the_key() -> None:
@@ -360,7 +360,7 @@ def test_the_shipped_cases_stay_affordable() -> None:
     sizes = [math.prod(case.shape) * case.steps for case in cases]
     assert 350 <= len(cases) <= 600
     assert sum(size >= 6_000_000 for size in sizes) <= 6
-    assert sum(400_000 < size for size in sizes) <= 16
+    assert sum(size > 400_000 for size in sizes) <= 16
     assert max(case.n for case in cases) == 10**6
     smoke = load(["smoke"])[0].cases
     assert sum(math.prod(case.shape) for case in smoke) < 10**6
@@ -418,7 +418,6 @@ def test_the_schema_is_one_and_accepts_every_shipped_scenario() -> None:
         ("momentun: 1", False),
         ("momentum: 2", False),
         ("grad_output: {distribution: normal, sdt: 1}", False),
-        ("grad_output: {distribution: [normal, constant]}", False),
         ("affine: {weight: one}", False),
         ("thresholds: {y: {max_abs_error: [1, 2]}}", False),
     ],
@@ -456,7 +455,7 @@ BROKEN_YAML: dict[str, tuple[str | bytes, str]] = {
         f"{PLAIN}---\n",
         "5:1: found nothing; accepted is a mapping with name, input and shape",
     ),
-    "a list": ("- a\n", "1:1: found [a]; accepted is a mapping with name, input and shape"),
+    "a list": ("- a\n", "1:1: found ['a']; accepted is a mapping with name, input and shape"),
     "a text": ("text\n", "1:1: found 'text'; accepted is a mapping with name, input and shape"),
     "a tab": ("name: s\n\tinput: 1\n", "2:1: found a tab; accepted are spaces for indentation"),
     "a list without end": (
@@ -490,7 +489,7 @@ BROKEN_YAML: dict[str, tuple[str | bytes, str]] = {
     "a tag of one's own": ("seed: !x 3\n", "1:7: found the tag !x; accepted are plain values"),
     "an alias bomb": (
         aliases(9),
-        f"1:14: found aliases that write out to more than {MAX_NODES} values; accepted are fewer",
+        f"1:22: found aliases that write out to more than {MAX_NODES} values; accepted are fewer",
     ),
     "recursion": (
         "input: &a {base: *a}\n",
@@ -505,7 +504,7 @@ BROKEN_YAML: dict[str, tuple[str | bytes, str]] = {
         "1:1: found very deep nesting; accepted are 30 levels",
     ),
     "a number as a field": ("1: x\n", "1:1: found 1 as a field; accepted are names"),
-    "a list as a field": ("? [a]\n: x\n", "1:3: found [a] as a field; accepted are names"),
+    "a list as a field": ("? [a]\n: x\n", "1:3: found ['a'] as a field; accepted are names"),
     "a field that cannot be printed": (
         '"\\ud800": x\n',
         "1:1: found '\\ud800' as a field; accepted are names",
@@ -517,7 +516,7 @@ BROKEN_YAML: dict[str, tuple[str | bytes, str]] = {
 }
 
 BROKEN_FIELDS: dict[str, str] = {
-    # Appended to a good scenario as its fourth line: field → what is said after "s.yaml:4:".
+    # Appended to a good scenario: field → what is said after file and line.
     "sahpe: [1]": f"1: sahpe: there is no such field; accepted are {TOP} (did you mean shape?)",
     "momentun: 0.1": f"1: momentun: there is no such field; accepted are {TOP} (did you mean momentum?)",
     "<<: {a: 1}": f"1: <<: there is no such field; accepted are {TOP}",
@@ -544,7 +543,7 @@ BROKEN_FIELDS: dict[str, str] = {
     "seed: 18446744073709551616": (
         "7: seed: found 18446744073709551616; accepted is a number of at most 18446744073709551615"
     ),
-    "{mode: inference, steps: 3}": "8: steps: found 3 steps of inference; accepted is 1",
+    "mode: inference\nsteps: 3": "8: steps: found 3 steps of inference; accepted is 1",
     "mode: eval": "7: mode: found 'eval'; accepted are training, inference",
     "memory_format: channels-last": (
         "16: memory_format: found 'channels-last'; accepted are contiguous, channels_last, strided "
@@ -570,7 +569,7 @@ BROKEN_FIELDS: dict[str, str] = {
     "running: {variance: 1}": (
         "11: running.variance: there is no such field; accepted are mean, var (did you mean var?)"
     ),
-    "description: [a]": "14: description: found [a]; accepted is text",
+    "description: [a]": "14: description: found ['a']; accepted is text",
     "source: 3963": "9: source: found 3963; accepted is text, or null",
     "thresholds: {yy: {}}": (
         "14: thresholds.yy: there is no such field; accepted are y, batch_mean, batch_var, invstd, "
@@ -599,7 +598,7 @@ BROKEN_FIELDS: dict[str, str] = {
         "accepted are must_fail, must_pass (did you mean must_pass?)"
     ),
     f"seed: [{', '.join(map(str, range(MAX_CASES + 1)))}]": (
-        f"found {MAX_CASES + 1} cases; accepted are up to {MAX_CASES}"
+        f"1: found {MAX_CASES + 1} cases; accepted are up to {MAX_CASES}"
     ),
 }
 
@@ -635,7 +634,7 @@ BROKEN_INPUTS: dict[str, str] = {
         "40: input.std: found -1; accepted is a number of at least 0"
     ),
     "[{distribution: normal}, {distribution: constant, value: [1, x]}]": (
-        "68: input.value: found 'x'; accepted is a number"
+        "69: input.value: found 'x'; accepted is a number"
     ),
     "{distribution: outlier, value: 1, position: middle}": (
         "52: input.position: found 'middle'; accepted are first, last, random"
@@ -724,10 +723,8 @@ def test_broken_yaml_is_refused_with_one_sentence_and_its_place(kind: str) -> No
 
 @pytest.mark.parametrize("field", BROKEN_FIELDS, ids=lambda field: field[:40])
 def test_a_broken_field_is_refused_with_one_sentence_and_its_place(field: str) -> None:
-    said = complaint(
-        PLAIN + field.strip("{}" if field.startswith("{") else "").replace(", steps", "\nsteps")
-    )
-    assert re.sub(r"^s\.yaml:\d+:(1: (?=found \d+ cases))?", "", said) == BROKEN_FIELDS[field]
+    said = complaint(PLAIN + field)
+    assert re.sub(r"^s\.yaml:\d+:", "", said) == BROKEN_FIELDS[field]
 
 
 @pytest.mark.parametrize("written", BROKEN_INPUTS)
@@ -768,14 +765,25 @@ def test_a_billion_cases_are_refused_before_they_are_made() -> None:
     assert said == f"s.yaml:1:1: found {999**3} cases; accepted are up to {MAX_CASES}"
 
 
+def test_cases_up_to_the_limit_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bnaudit.scenario.MAX_CASES", 8)
+    items = "{distribution: constant, value: [1, 2]}, {distribution: normal}"
+    text = (
+        f"name: s\ninput: {{distribution: channels, items: [{items}]}}\n"
+        "shape: [[1, 1, 3, 3], [2, 3]]\nseed: [0, 1]\n"
+    )
+    assert len(the_scenario(text).cases) == 8
+    assert complaint(text + "eps: [0, 1]") == "s.yaml:1:1: found 16 cases; accepted are up to 8"
+
+
 def test_no_damage_to_a_file_gives_anything_but_a_scenario_or_a_complaint() -> None:
     """Cuts, doublings and strange bytes at random places of shipped scenarios."""
     rng = random.Random(2016)
     originals = [
         (shipped() / f"{name}.yaml").read_bytes() for name in ("smoke", "affine", "non-finite")
     ]
-    refused = 0
-    for _ in range(150):
+    complaints = []
+    for _ in range(400):
         content = bytearray(rng.choice(originals))
         for _ in range(rng.randint(1, 3)):
             start = rng.randrange(len(content))
@@ -797,8 +805,9 @@ def test_no_damage_to_a_file_gives_anything_but_a_scenario_or_a_complaint() -> N
         try:
             load([write(bytes(content))])
         except ScenarioError as error:
-            refused += 1
-            assert re.match(r"s\.yaml:\d+:\d+: \S.*\Z", str(error)), str(error)
-            assert "pydantic" not in str(error)
-            assert "Input should" not in str(error)
-    assert refused > 50
+            complaints.append(str(error))
+    assert len(complaints) > 50
+    for said in complaints:
+        assert re.fullmatch(r"s\.yaml:\d+:\d+: \S.*", said), said
+        assert "pydantic" not in said
+        assert "Input should" not in said

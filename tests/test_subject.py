@@ -19,8 +19,9 @@ from correct import prepare
 
 from bnaudit import subject as subject_module
 from bnaudit.inputs import Inputs
+from bnaudit.measure import Declarations
 from bnaudit.scenario import Case
-from bnaudit.subject import Declarations, Reply, Subject, SubjectError, scratch_folder
+from bnaudit.subject import Reply, Subject, SubjectError, scratch_folder
 
 PLUGINS = Path(__file__).parent / "plugins"
 GOOD = f"{PLUGINS / 'float64_statistics.py'}:batch_norm"
@@ -43,7 +44,7 @@ def subject() -> Iterator[Subject]:
 
 @pytest.fixture
 def impatient() -> Iterator[Subject]:
-    with scratch_folder() as scratch, Subject(scratch=scratch, timeout=0.1) as subject:
+    with scratch_folder() as scratch, Subject(scratch=scratch, timeout=0.2) as subject:
         yield subject
 
 
@@ -152,10 +153,10 @@ def test_a_hang_is_a_timeout_that_shows_where(
 ) -> None:
     before, start = set(workers()), time.monotonic()
     first, second = (impatient.run(hostile(name), *small) for _ in range(2))
-    assert time.monotonic() - start < 10
-    assert (first.outcome, first.reason) == ("timeout", "no answer within 0.5 s")
-    assert (second.outcome, second.reason) == ("timeout", "no answer within 0.1 s")
-    assert f"in {name}" in (second.detail or "")
+    assert time.monotonic() - start < 30
+    assert (first.outcome, first.reason) == ("timeout", "no answer within 1 s")
+    assert (second.outcome, second.reason) == ("timeout", "no answer within 0.2 s")
+    assert f"in {name}" in (first.detail or "")
     assert set(workers()) <= before
 
 
@@ -173,6 +174,8 @@ def test_an_interrupt_ends_the_worker_and_the_subject_stays_usable(
     previous = signal.signal(signal.SIGALRM, interrupt)
     try:
         with scratch_folder() as scratch, Subject(scratch=scratch) as subject:
+            if when == "running":
+                subject.describe([backend])
             before = set(workers())
             signal.setitimer(signal.ITIMER_REAL, 0.5)
             with pytest.raises(KeyboardInterrupt):

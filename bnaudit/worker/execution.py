@@ -172,7 +172,8 @@ class Tensors:
         if self._form == "widened":
             if array.dtype not in (np.float32, np.float64):
                 raise NoResult("contract", "%s is %s, not float32 or float64" % (name, array.dtype))
-            return round_to(array, self.dtype)
+            same = array.dtype == storage(self.dtype)
+            return array if same else round_to(array, self.dtype)
         if array.dtype != self._native[self.dtype]:
             wanted = self._native[self.dtype].name
             raise NoResult("contract", "%s is %s, not %s" % (name, array.dtype, wanted))

@@ -229,19 +229,7 @@ class Caffe2016:
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             if training:
                 centred, mean, var = layer_statistics(matrix, images, ATLAS)
-                if step == 1:
-                    zero = np.zeros(channels, real)
-                    self.blobs = (zero, zero, np.zeros(1, real))
-                fraction = real(np.float32(1 - (momentum or 0)))
-                count = matrix.size // channels
-                correction = real(count / (count - 1) if count > 1 else 1)
-                b0, b1, b2 = self.blobs
-                b0, b1, b2 = (
-                    fraction * b0 + mean,
-                    fraction * b1 + correction * var,
-                    fraction * b2 + real(1),
-                )
-                self.blobs = (b0, b1, b2)
+                b0, b1, b2 = self._move_blobs(mean, var, matrix.size // channels, momentum, step)
                 scale = real(1) / b2
                 outputs["batch_mean"], outputs["batch_var"] = mean, var
                 outputs["running_mean"], outputs["running_var"] = scale * b0, scale * b1
@@ -251,6 +239,17 @@ class Caffe2016:
             std = spread(np.sqrt(var + real(np.float32(eps))), matrix, images, ATLAS)
             outputs.update(finish(centred, std, x, weight, bias, grad_output, training, ATLAS))
         return outputs
+
+    def _move_blobs(
+        self, mean: Array, var: Array, count: int, momentum: Optional[float], step: int
+    ) -> Tuple[Array, Array, Array]:
+        real = mean.dtype.type
+        fraction = real(np.float32(1 if momentum is None else 1 - momentum))
+        unbiased = real(count / (count - 1) if count > 1 else 1) * var
+        zero = np.zeros_like(mean)
+        b0, b1, b2 = (zero, zero, zero[:1]) if step == 1 else self.blobs
+        self.blobs = fraction * b0 + mean, fraction * b1 + unbiased, fraction * b2 + real(1)
+        return self.blobs
 
 
 caffe_2016 = Caffe2016()

@@ -277,9 +277,9 @@ def shipped() -> Path:
 
 
 def load(paths: Sequence[str] = ()) -> list[Scenario]:
-    """Loads the scenarios of files, folders and shipped names; of none, all shipped ones, smoke first.
+    """Loads the scenarios of files, folders and shipped names; of none, all shipped ones.
 
-    Raises ScenarioError.
+    In a folder smoke.yaml comes first. Raises ScenarioError.
     """
     files: dict[Path, Path] = {}
     for path in [found for given in paths for found in _files(given)] or _shipped_files():
@@ -297,7 +297,11 @@ def load(paths: Sequence[str] = ()) -> list[Scenario]:
 
 
 def _shipped_files() -> list[Path]:
-    return sorted(shipped().glob("*.yaml"), key=lambda path: (path.stem != "smoke", path.name))
+    return sorted(shipped().glob("*.yaml"), key=_smoke_first)
+
+
+def _smoke_first(path: Path) -> tuple[bool, Path]:
+    return path.stem != "smoke", path
 
 
 def _files(given: str) -> list[Path]:
@@ -307,7 +311,7 @@ def _files(given: str) -> list[Path]:
             found = [p for p in path.rglob("*") if p.suffix in (".yaml", ".yml") and p.is_file()]
             if not found:
                 raise ScenarioError(f"{given}: found no .yaml or .yml file in this folder")
-            return sorted(found)
+            return sorted(found, key=_smoke_first)
         if path.is_file():
             return [path]
     except OSError as error:

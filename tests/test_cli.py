@@ -401,7 +401,7 @@ def test_listed_cases_are_their_ids(invoke: Invoke) -> None:
 
 
 def test_shipped_scenarios_are_listed_without_a_path(invoke: Invoke) -> None:
-    assert invoke("list", "scenarios").out.startswith("smoke ")
+    assert invoke("list", "scenarios").out.startswith("caffe-3963 ")
 
 
 @pytest.mark.parametrize("what", [[], ["scenario"], ["report"]])

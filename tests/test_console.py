@@ -65,8 +65,8 @@ def table(made: Report, width: int = 80, *, verbose: bool = False, color: bool =
 def test_the_founding_story_is_seen_at_a_glance() -> None:
     assert table(report()) == (
         " scenario       backend         worst case           off by ×bound  status\n"
-        " consta…hannel  torch@cpu       3.3 channels_last   0.467 σ     91  FAIL 1/4\n"
-        "                caffe-2016@cpu  3.3 contiguous     0.0321 σ   0.09 (fail 4/4)\n"
+        " constant-      torch@cpu       3.3 channels_last   0.467 σ     91  FAIL 1/4\n"
+        " channel        caffe-2016@cpu  3.3 contiguous     0.0321 σ   0.09 (fail 4/4)\n"
         "                welford@cpu, exact@cpu               1e-7 σ   0.02 (pass)\n"
     )
 

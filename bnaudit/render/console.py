@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -184,8 +185,13 @@ def rows(
     elif shown and green:
         lines.append(_green_row(layout, green))
     if lines:
-        name = _shorten(cases[results[0].case].scenario, layout.scenario)
-        lines[0] = Text.assemble(" ", name, lines[0][1 + len(name) :])
+        name = cases[results[0].case].scenario
+        # A long name goes on beside the next rows, where there are enough of them.
+        parts = textwrap.wrap(name, layout.scenario)
+        if len(parts) > len(lines):
+            parts = [_shorten(name, layout.scenario)]
+        for position, part in enumerate(parts):
+            lines[position] = Text.assemble(" ", part, lines[position][1 + len(part) :])
     return lines
 
 

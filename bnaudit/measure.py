@@ -81,7 +81,7 @@ class Measurement:
     max_abs_error, max_ulp_error: in the quantity's own unit and in units in the last place of the right
     value. max_sigma_error: |error| / |weight|, for y. bound_ratio, tight_ratio: T and T0 (see bounds).
     floor: what rounding the mean alone costs at the worst element's channel. nonfinite: elements that
-    should be finite and are not, or the reverse. constant_misses, constant_error: elements that must equal
+    are finite where the right value is not, or the other way round. constant_misses, constant_error: elements that must equal
     the bias and do not, and by how much at most, in units of |weight|; None where nothing is constant.
     poor: elements with T > 30 and fewer than 8 good bits. None: does not apply, or nothing to judge.
     """

@@ -272,6 +272,10 @@ class GradientBounds(NamedTuple):
     weight_mean: Doubles  # |grad_weight| / n
     bias_error: Doubles  # bound of grad_bias / n
     weight_error: Doubles  # bound of grad_weight / n
+    cap: Doubles  # largest relative error that ill-conditioned statistics excuse
+    weight_cap: (
+        Doubles  # bound of grad_weight / n with statistics that are off by no more than the cap
+    )
     grad_weight: Allowance
     grad_bias: Allowance
 
@@ -303,6 +307,9 @@ def gradient_bounds(
             summation = np.ldexp(levels * error, grads.exponent)
             return Allowance(2 * (stored.unit_roundoff * right + summation + stored.smallest), None)
 
+        # What rounding the mean does to xh; to first order in itself and in the variance, to second.
+        rounded = 4 * u * (np.abs(norm.line.m0) * norm.rate + 2)
+        cap = np.maximum(CAP / 2, rounded + rounded**2)
         return GradientBounds(
             norm.rate,
             2 * output.unit_roundoff,
@@ -315,6 +322,8 @@ def gradient_bounds(
             weight_mean,
             u * bias_mean + (levels * magnitude + smallest) / n,
             u * weight_mean + (levels * weighted + smallest) / n,
+            cap,
+            cap * (bias_mean + weight_mean) + (4 * levels * magnitude + smallest) / n,
             allowance(np.abs(grads.grad_weight.high), weighted),
             allowance(np.abs(grads.grad_bias.high), magnitude),
         )
@@ -341,7 +350,8 @@ def grad_input_allowance(
     """Allowance of one element of grad_input in channel c.
 
     x, xh: as in y_allowances; dy: |dy| times tangent.scale; dx: the reference's |grad_input|; up, lift:
-    Tangent's.
+    Tangent's. Capped as y's is: statistics that are ill-conditioned excuse 3 % of the terms of a gradient,
+    or what rounding the mean costs by itself.
     """
     output = limits.base + limits.rounding * dx
     if not training:
@@ -349,5 +359,8 @@ def grad_input_allowance(
     weight_mean = limits.weight_mean[c]
     direct = limits.levels * (dy + limits.bias_mean[c] + xh * weight_mean) * limits.spread[c]
     moved = limits.levels * sensitivity(x, xh, limits.size[c]) * weight_mean
-    statistics = limits.bias_error[c] + xh * limits.weight_error[c] + moved
-    return output + 2.0 * limits.gain[c] * (direct + statistics) * up * lift
+    wide = direct + xh * limits.weight_error[c] + moved
+    terms = dy + limits.bias_mean[c] + xh * weight_mean
+    capped = (limits.cap[c] + limits.levels) * terms + xh * limits.weight_cap[c]
+    error = limits.bias_error[c] + min(wide, capped)
+    return output + 2.0 * limits.gain[c] * error * up * lift

@@ -42,8 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # σ and × in a locale that has neither
     try:
-        code = cli.main(args=arguments, prog_name="bnaudit", standalone_mode=False)
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        # Not cli.main, which makes an exit code of its own of a broken pipe.
+        with cli.make_context("bnaudit", given) as context:
+            code = cli.invoke(context)
         sys.stdout.flush()
+    except click.exceptions.Exit as end:
+        code = end.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        code = USAGE
     except click.ClickException as error:
         click.echo(f"bnaudit: {_one_line(error)}", err=True)
         code = error.code if isinstance(error, _Failure) else USAGE
@@ -239,6 +247,7 @@ def run(
             results,
             controls,
             selected,
+            reasons,
             fail_on=fail_on,
             interrupted=end is not None,
         )

@@ -67,7 +67,7 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class Worst:
-    """The element with the largest T: its index in (N, C, *) order, what was returned, what is right."""
+    """Where T is largest: the place in (N, C, *) order, what was returned there and what is right."""
 
     index: tuple[int, ...]
     value: float
@@ -81,9 +81,11 @@ class Measurement:
     max_abs_error, max_ulp_error: in the quantity's own unit and in units in the last place of the right
     value. max_sigma_error: |error| / |weight|, for y. bound_ratio, tight_ratio: T and T0 (see bounds).
     floor: what rounding the mean alone costs at the worst element's channel. nonfinite: elements that
-    are finite where the right value is not, or the other way round. constant_misses, constant_error: elements that must equal
-    the bias and do not, and by how much at most, in units of |weight|; None where nothing is constant.
-    poor: elements with T > 30 and fewer than 8 good bits. None: does not apply, or nothing to judge.
+    are finite where the right value is not, or the other way round. constant_misses, constant_error:
+    elements that must equal the bias and do not, and by how much at most, in units of |weight|; None where
+    nothing is constant.
+    poor: elements with T > 30 and fewer than 8 good bits. unjudged: channels in which nothing is defined;
+    judged: whether there is any other. None: does not apply, or nothing to judge.
     """
 
     max_abs_error: float | None = None
@@ -98,6 +100,7 @@ class Measurement:
     constant_error: float | None = None
     poor: int = 0
     judged: bool = True
+    unjudged: int = 0
 
 
 class Tally(NamedTuple):
@@ -426,6 +429,7 @@ def _summary(tally: Tally, state: npt.NDArray[np.int64]) -> tuple[int | None, di
         "bound_ratio": float(ratio[judged].max()),
         "nonfinite": int(tally.nonfinite.sum()),
         "poor": int(tally.poor.sum()),
+        "unjudged": int((state == UNJUDGED).sum()),
     }
 
 
@@ -588,8 +592,7 @@ class Reference:
     Attributes:
         condition_number: largest sqrt(1 + mean²/var) over the channels of all steps; inf where var is 0.
         ill_conditioned: whether the cap on the allowances of y is at work in some channel.
-        overflow: whether some variance exceeds the statistics dtype's range although y is well defined.
-        largest: max |x| over the finite channels of the last step; 0 in narrow inference.
+        largest: max |x| over the finite channels of the last step.
     """
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
@@ -637,9 +640,6 @@ class Reference:
         with np.errstate(invalid="ignore"):
             self.ill_conditioned = bool(
                 (bounds.ill_conditioned(self.norm, dtype) > bounds.CAP).any() and training
-            )
-            self.overflow = bool(
-                (self.norm.var.high > FORMATS[case.statistics_dtype].largest).any()
             )
 
     def _running_moments(self, x: Array) -> Moments:
@@ -787,7 +787,8 @@ class Reference:
 
 def _unchanged(got: Doubles, start: Doubles) -> Measurement:
     """Running statistics that must be as they were, bit for bit; any NaN is as good as another."""
-    moved = ~((got == start) | (np.isnan(got) & np.isnan(start)))
+    same = (got == start) & (np.signbit(got) == np.signbit(start))
+    moved = ~(same | (np.isnan(got) & np.isnan(start)))
     worst = int(np.argmax(moved))
     with np.errstate(invalid="ignore"):
         error = np.where(moved & np.isfinite(got - start), np.abs(got - start), 0.0)

@@ -91,7 +91,7 @@ class Parameters(_Fields):
     memory_format: Literal["contiguous", "channels_last", "strided"] = "contiguous"
     eps: FiniteFloat = Field(default=1e-5, ge=0)
     momentum: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = 0.1
-    steps: int = Field(default=1, ge=1, le=1_000_000)
+    steps: int = Field(default=1, ge=1, le=1000)
     affine: Affine | None = Affine()
     running: Running = Running()
     param_dtype: Literal["statistics", "same"] = "statistics"
@@ -135,7 +135,7 @@ class Parameters(_Fields):
         if self.memory_format == "channels_last":
             spatial = self.shape[2:]
             if len(spatial) < 2 or self.channels < 2 or math.prod(spatial) < 2:
-                return "channels_last needs rank 4 or 5, two channels and more than one spatial element"
+                return "channels_last takes rank 4 or 5 with several channels and several spatial elements"
         return None
 
     def faults(self) -> Iterator[Fault]:
@@ -281,17 +281,14 @@ def load(paths: Sequence[str] = ()) -> list[Scenario]:
 
     In a folder smoke.yaml comes first. Raises ScenarioError.
     """
-    files: dict[Path, Path] = {}
-    for path in [found for given in paths for found in _files(given)] or _shipped_files():
-        files.setdefault(path.resolve(), path)
     scenarios: dict[str, Scenario] = {}
-    for path in files.values():
-        for scenario in _load_file(path):
+    for given in paths or [str(path) for path in _shipped_files()]:
+        for scenario in _scenarios(given):
             earlier = scenarios.setdefault(scenario.name, scenario)
-            if earlier is not scenario:
+            if (earlier.file.resolve(), earlier.line) != (scenario.file.resolve(), scenario.line):
                 raise ScenarioError(
-                    f"{_display(path)}:{scenario.line}:1: name: found {scenario.name!r} again, after "
-                    f"{_display(earlier.file)}:{earlier.line}; accepted is one scenario of a name"
+                    f"{_display(scenario.file)}:{scenario.line}:1: name: found {scenario.name!r} again, "
+                    f"after {_display(earlier.file)}:{earlier.line}; accepted is one scenario of a name"
                 )
     return list(scenarios.values())
 
@@ -304,21 +301,26 @@ def _smoke_first(path: Path) -> tuple[bool, Path]:
     return path.stem != "smoke", path
 
 
-def _files(given: str) -> list[Path]:
+def _scenarios(given: str) -> list[Scenario]:
+    """The scenarios of a file, a folder, a shipped file's stem or, of a shipped one, its own name."""
     path = Path(given)
     try:
         if path.is_dir():
             found = [p for p in path.rglob("*") if p.suffix in (".yaml", ".yml") and p.is_file()]
             if not found:
                 raise ScenarioError(f"{given}: found no .yaml or .yml file in this folder")
-            return sorted(found, key=_smoke_first)
+            return [s for file in sorted(found, key=_smoke_first) for s in _load_file(file)]
         if path.is_file():
-            return [path]
+            return list(_load_file(path))
     except OSError as error:
         raise ScenarioError(f"{given}: cannot be read: {error.strerror}") from None
-    names = {file.stem: file for file in _shipped_files()}
-    if given in names:
-        return [names[given]]
+    files = {file.stem: file for file in _shipped_files()}
+    if given in files:
+        return list(_load_file(files[given]))
+    named = {s.name: s for file in files.values() for s in _load_file(file)}
+    if given in named:
+        return [named[given]]
+    names = list(dict.fromkeys([*files, *named]))
     raise ScenarioError(
         f"{given}: found no such file, folder or shipped scenario; shipped are "
         f"{', '.join(names)}{_suggestion(given, names)}"

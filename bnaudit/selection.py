@@ -98,7 +98,7 @@ def _resolve(given: str, table: Mapping[str, Backend]) -> list[tuple[str, bool]]
 def _plugin(given: str) -> str:
     target, _, function = given.rpartition(":")
     name, at, device = function.partition("@")
-    if not target or not name.isidentifier() or (at and not device):
+    if not target or not name.isidentifier() or (at and device not in ("cpu", "cuda")):
         raise SelectionError(f"{given!r} is no plug-in; one is FILE.py:NAME or package.module:NAME")
     if target.endswith(".py") and not Path(target).is_file():
         raise SelectionError(f"the plug-in {given!r} is in no file: {target} does not exist")

@@ -92,9 +92,9 @@ def _judge_quantity(
 ) -> Judged:
     thresholds = {**DEFAULT_THRESHOLDS, **overrides}
     failures, warnings = [], []
+    unjudged = "not judged: variance + eps is not positive, so nothing is defined"
     if not m.judged:
-        warnings.append("not judged: variance + eps is not positive, so nothing is defined")
-        return _judged(m, "pass", None, warnings[0])
+        return _judged(m, "pass", None, unjudged)
     if m.nonfinite:
         finite = m.worst is not None and math.isfinite(m.worst.value)
         count = f"{m.nonfinite} element{'s are' if m.nonfinite > 1 else ' is'}"
@@ -112,10 +112,11 @@ def _judge_quantity(
             failures.append(text.format(value=value, limit=limit))
     harmful = False
     if m.constant_misses:
-        error, limit = m.constant_error, thresholds["constant_abs_error"]
-        harmful = error is None or not error <= CONSTANT_ABS_ERROR
+        error = math.inf if m.constant_error is None else m.constant_error
+        limit = thresholds["constant_abs_error"]
+        harmful = not error <= CONSTANT_ABS_ERROR
         text = f"must equal the bias and is off by {error:.3g} σ"
-        if limit is not None and not (error is not None and error <= limit):
+        if limit is not None and not error <= limit:
             failures.append(text)
         else:
             warnings.append(text)
@@ -128,6 +129,8 @@ def _judge_quantity(
         reasons.append("the input is ill-conditioned")
     if failures and label in ("exact", "stable"):
         reasons.append(f"only the scenario's own threshold fails it: by the bounds it is {label}")
+    if m.unjudged:
+        reasons = [*reasons, f"in {m.unjudged} channel{'s' * (m.unjudged > 1)} {unjudged}"]
     return _judged(m, status, label, "; ".join(reasons) or None)
 
 
@@ -152,32 +155,41 @@ def _cause(
     """The fault that the pattern of failing quantities points at; None where it points at none."""
     failed = {name for name, quantity in judged.items() if quantity.status == "fail"}
 
-    def off(name: str) -> bool:
-        return name in failed
-
+    y = measurements.get("y")
+    sound = {"batch_mean"} <= judged.keys() - failed and not {"batch_var", "invstd"} & failed
     code = None
     if failed <= {"running_mean", "running_var"} and {"batch_mean", "batch_var"} & judged.keys():
         code = "BN006"
-    elif facts.overflow or _extreme(facts):
+    elif failed & {"y", "batch_var", "invstd"} and "batch_mean" not in failed and _extreme(facts):
         code = "BN004"
-    elif off("batch_mean"):
-        code = "BN003"
-    elif off("batch_var") or off("invstd"):
+    elif "batch_mean" in failed:
+        code = "BN003" if _rounded(measurements["batch_mean"], facts) else None
+    elif failed & {"batch_var", "invstd"}:
         code = "BN002" if facts.condition_number > 10 else None
-    elif "y" in failed:
-        y = measurements["y"]
+    elif "y" in failed and y is not None:
         if y.nonfinite:
             code = "BN005"
-        elif y.constant_misses:
+        elif y.constant_misses and (sound or facts.case.mode == "inference"):
             code = "BN001"
+    if code is None and y is not None and y.nonfinite:
+        code = "BN005"
     return None if code is None else f"{code} {CAUSES[code]}"
 
 
+def _rounded(mean: Measurement, facts: Reference) -> bool:
+    """Whether a wrong mean is near enough to the right one for rounding to be the cause."""
+    error, worst = mean.max_abs_error, mean.worst
+    if error is None or worst is None or mean.nonfinite or worst.value == -worst.reference:
+        return False
+    size = facts.norm.size / facts.norm.line.scale
+    return error <= float(size[worst.index[0]]) / 4
+
+
 def _extreme(facts: Reference) -> bool:
-    """Whether squares of the values leave the statistics dtype's normal range."""
+    """Whether squares of a batch's values leave the statistics dtype's normal range."""
     form = FORMATS[facts.case.statistics_dtype]
     largest = facts.largest
-    if not (math.isfinite(largest) and largest > 0):
+    if facts.case.mode != "training" or not (math.isfinite(largest) and largest > 0):
         return False
     exponent = 2 * math.frexp(largest)[1]
     return exponent > form.max_exponent or exponent < form.min_exponent

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from correct import outputs
 
-from bnaudit import audit
+from bnaudit import audit, inputs
 from bnaudit.audit import CaseFacts, ControlOutcome, Result, Selected, summarize
 from bnaudit.inputs import Inputs
 from bnaudit.measure import Declarations
@@ -170,6 +170,40 @@ def test_a_filtered_scenario_proves_nothing_about_its_controls(tmp_path: Path) -
     assert controls == []
 
 
+def test_a_control_runs_also_where_the_filter_leaves_its_backend_out(tmp_path: Path) -> None:
+    text = SCENARIO.format(name="a") + "controls: {must_pass: [exact@cpu, welford@cpu]}"
+    selection = [*GATED, Selected("welford@cpu", gated=True)]
+    _, results, controls = run(
+        tmp_path,
+        scenarios(tmp_path, text),
+        selection,
+        Subject(),
+        matches=lambda case, backend: "torch" in backend,
+    )
+    assert [c.ok for c in controls] == [True, True]
+    assert {r.backend: r.gated for r in results} == {
+        "torch@cpu": True,
+        "welford@cpu": False,
+        "exact@cpu": False,
+    }
+
+
+def test_inputs_that_cannot_be_made_cost_only_their_own_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = inputs.make
+
+    def full(case: Case, folder: Path) -> Inputs:
+        if "mean=0" in case.id:
+            raise OSError(28, "No space left on device")
+        return made(case, folder)
+
+    monkeypatch.setattr(audit, "make", full)
+    _, results, _ = run(tmp_path, scenarios(tmp_path, SCENARIO.format(name="a")), GATED, Subject())
+    assert [r.status for r in results] == ["unsupported", "pass"]
+    assert "No space left" in (results[0].reason or "")
+
+
 def test_stop_early_ends_after_the_first_gated_failure(tmp_path: Path) -> None:
     def behave(backend: str, case: Case, right: dict[str, Any]) -> None:
         right["y"] += np.float32(1)
@@ -220,16 +254,31 @@ def test_exit_codes(
     verdict: str,
     code: int,
 ) -> None:
-    summary = summarize(3, [result(s) for s in statuses], controls, WANTED, **options)
+    summary = summarize(
+        3,
+        [result(s) for s in statuses],
+        controls,
+        WANTED,
+        {"torch@cpu": "why" if "unavailable" in statuses else None},
+        **options,
+    )
     assert (summary.verdict, summary.exit_code) == (verdict, code)
     assert summary.results == len(statuses)
 
 
 def test_specimens_alone_gate_nothing() -> None:
-    assert summarize(1, [result("fail", gated=False)], [], []).exit_code == 5
+    assert summarize(1, [result("fail", gated=False)], [], [], {}).exit_code == 5
 
 
 def test_an_unavailable_backend_nobody_asked_for_is_no_fault() -> None:
     results = [result("pass"), result("unavailable", backend="torch@cuda")]
-    summary = summarize(1, results, [], [Selected("torch@cpu", gated=True)])
+    summary = summarize(
+        1, results, [], [Selected("torch@cpu", gated=True)], {"torch@cuda": "no GPU"}
+    )
     assert (summary.exit_code, summary.ran, summary.counts["unavailable"]) == (0, 1, 1)
+
+
+def test_a_required_backend_is_missed_even_where_the_filter_leaves_it_out() -> None:
+    wanted = [Selected("torch@cpu", gated=True), Selected("torch@cuda", gated=True, required=True)]
+    reasons = {"torch@cpu": None, "torch@cuda": "no GPU"}
+    assert summarize(1, [result("pass")], [], wanted, reasons).exit_code == 3

@@ -181,10 +181,10 @@ def test_the_rows_of_a_scenario_are_printed_when_it_is_complete_and_saved(
         ),
         (events("unavailable"), [], 5, "NOTHING-GATED (exit 5): nothing ran"),
         (
-            events("unavailable"),
-            ["--require", "torch@cpu"],
+            events("unavailable", backend="torch@cuda"),
+            ["--require", "torch@cuda"],
             3,
-            "INCOMPLETE (exit 3): asked for and unavailable: torch@cpu",
+            "INCOMPLETE (exit 3): asked for and unavailable: torch@cuda",
         ),
         (
             events("pass", "fail", backend="gemm@cpu"),

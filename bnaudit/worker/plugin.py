@@ -10,11 +10,11 @@ the case says `param_dtype: same`. weight and bias are None together. grad_outpu
 asked for. momentum is the weight of the new batch in this call: for the cumulative average (`momentum: null`)
 the worker passes 1/t at step t. The function is called once per step, with the running statistics it left.
 
-It returns y, or a dict {"y": …} with, where it has them, batch_mean, batch_var or invstd, running_mean,
-running_var, grad_input, grad_weight, grad_bias and kernel (text: what ran); other keys are ignored, and None
-is as good as a key left out. y and grad_input have x's shape and the case's dtype, per-channel quantities
-the shape (C,) and any floating-point dtype. running_mean and running_var may be updated in place instead; a
-returned key wins. x, weight, bias and grad_output must be left as they are.
+It returns y, or a dict with y and whatever it computes of batch_mean, batch_var, invstd, running_mean,
+running_var, grad_input, grad_weight and grad_bias; `kernel` may say in words what ran. Other keys are
+ignored, and None is as good as a key left out. y and grad_input have x's shape and the case's dtype,
+per-channel quantities the shape (C,) and any floating-point dtype. running_mean and running_var may be
+updated in place instead; a returned key wins. x, weight, bias and grad_output must be left as they are.
 
 Raising NotImplementedError says "not this case", and its message why. Attributes of the function declare its
 conventions: `running_var_correction` (1: n / (n − 1), the default; 0: biased) and `running_update` ("ema",

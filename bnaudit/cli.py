@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import click
 from bnaudit import __version__
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
     from bnaudit.audit import ControlOutcome, Event, Result, Selected
     from bnaudit.progress import CaseProgress
@@ -216,6 +217,7 @@ def run(
     if quiet and verbose:
         raise click.UsageError("-q and -v exclude each other", click.get_current_context())
     with _explained(verbose), _interruptible():
+        _find_cache()
         from bnaudit import audit, selection
         from bnaudit.progress import CaseProgress
         from bnaudit.report import Writer
@@ -322,13 +324,7 @@ class _Screen:
     """What a run prints, from the first line to the verdict."""
 
     def __init__(self, *, stderr: bool, verbose: bool) -> None:
-        from rich.console import Console
-
-        class QuietConsole(Console):
-            def on_broken_pipe(self) -> None:  # rich would exit with 1 here
-                raise BrokenPipeError
-
-        self._console = QuietConsole(stderr=stderr, highlight=False, markup=False, emoji=False)
+        self._console = _console(stderr=stderr)
         self._verbose = verbose
         self._has_heading = False
 
@@ -462,7 +458,25 @@ def doctor(threads: int) -> int:
         return UNTRUSTED if any(entry.is_fault for entry in found) else 0
 
 
-def _print(renderable: RenderableType) -> None:
+def _find_cache() -> None:
+    """Gives Numba a folder for compiled code where it would find none that it may write to."""
+    own = Path(__file__).parent
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    nearest = next(path for path in (home, *home.parents) if path.exists())
+    if not any(os.access(path, os.W_OK) for path in (own, nearest)):
+        folder = Path(tempfile.gettempdir(), f"bnaudit-numba-{os.getuid()}")
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(folder))
+
+
+def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    Console(highlight=False, markup=False, emoji=False).print(renderable)
+    class QuietConsole(Console):
+        def on_broken_pipe(self) -> None:  # rich would exit with 1 here
+            raise BrokenPipeError
+
+    return QuietConsole(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+def _print(renderable: RenderableType) -> None:
+    _console().print(renderable)

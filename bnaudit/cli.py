@@ -178,7 +178,7 @@ def cli() -> None:
     type=click.FloatRange(min=0, min_open=True),
     default=60.0,
     show_default=True,
-    help="Seconds a backend has for a case.",
+    help="Seconds a backend has for a case; five times as many for its first, which may compile.",
 )
 @click.option("-x", "stop_early", is_flag=True, help="Stop at the first gated failure.")
 @click.option(
@@ -195,7 +195,9 @@ def cli() -> None:
     help="The deviation that exits with 1.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
-@click.option("-v", "--verbose", is_flag=True, help="Every row and finding, whole tracebacks.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Every row and every finding, with whole tracebacks."
+)
 def run(
     paths: tuple[str, ...],
     backends: tuple[str, ...],
@@ -358,7 +360,8 @@ class _Screen:
         gated = [backend.name for backend in selected if backend.gated]
         specimens = {*names, *controls} - {*gated}
         available = [name for name in gated if reasons[name] is None]
-        for line in opening(environment, sum(cases), available, bool(specimens)):
+        missing = {b.name: why for b in selected if b.required and (why := reasons[b.name])}
+        for line in opening(environment, sum(cases), available, missing, bool(specimens)):
             self._console.print(line)
         return sum(cases)
 

@@ -67,7 +67,10 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class Worst:
-    """Where T is largest: the place in (N, C, *) order, what was returned there and what is right."""
+    """Where T is largest: the place in (N, C, *) order, what was returned there and what is right.
+
+    Where only the rule of constants is broken (T <= 1), the constant that is farthest off instead.
+    """
 
     index: tuple[int, ...]
     value: float
@@ -347,11 +350,13 @@ def _constants(
     constant: Any,
     mean: Any,
     expected: Any,
+    offset: int,
     misses: Any,
     error: Any,
+    position: Any,
     seen: Any,
 ) -> None:
-    """Counts elements that must equal the bias and do not, and their largest |y − bias|, per channel.
+    """Counts elements that must equal the bias and do not, and finds their largest |y − bias|, per channel.
 
     In training those are whole channels (`everywhere`), in inference elements that equal the mean.
     """
@@ -368,7 +373,11 @@ def _constants(
                     if value != right:
                         misses[c] += 1
                         difference = abs(np.float64(value) - right)
-                        error[c] = max(error[c], math.inf if math.isnan(difference) else difference)
+                        if math.isnan(difference):
+                            difference = math.inf
+                        if difference > error[c]:
+                            error[c] = difference
+                            position[c] = offset + image * plane + s
 
 
 @njit(cache=True, nogil=True)
@@ -445,7 +454,7 @@ def measure_y(
     if norm.training:
         candidates &= norm.constant
     misses, seen = np.zeros(x.shape[1], np.int64), np.zeros(x.shape[1], np.int64)
-    error = np.zeros(x.shape[1])
+    error, place = np.zeros(x.shape[1]), np.zeros(x.shape[1], np.int64)
     plane = x.shape[2]
     for first, (xs, ys) in slabs(case.dtype, x, y):
         _compare_y(
@@ -462,17 +471,31 @@ def measure_y(
         )
         if candidates.any():
             _constants(
-                xs, ys, norm.training, candidates, running_mean, expected, misses, error, seen
+                xs,
+                ys,
+                norm.training,
+                candidates,
+                running_mean,
+                expected,
+                first * plane,
+                misses,
+                error,
+                place,
+                seen,
             )
     worst, fields = _summary(tally, norm.y_state)
     if worst is None:
         return Measurement(**fields)
-    position = int(tally.position[worst])
-    image, s = divmod(position, plane)
     with np.errstate(divide="ignore", invalid="ignore"):
         gain = np.abs(norm.weight)
         sigma = np.where(tally.error > 0, tally.error / gain, 0.0)
         harm = np.where(error > 0, error / gain, 0.0)
+    position = int(tally.position[worst])
+    if fields["bound_ratio"] <= 1 and misses.any():
+        # The bound finds no fault: what there is to show is the constant that is farthest off.
+        worst = int(np.argmax(harm))
+        position = int(place[worst])
+    image, s = divmod(position, plane)
     return Measurement(
         **fields,
         tight_ratio=float(tally.tight.max()),

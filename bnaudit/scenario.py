@@ -310,7 +310,7 @@ def _scenarios(given: str) -> list[Scenario]:
             if not found:
                 raise ScenarioError(f"{given}: found no .yaml or .yml file in this folder")
             return [s for file in sorted(found, key=_smoke_first) for s in _load_file(file)]
-        if path.is_file():
+        if path.is_file() and path.suffix != ".py":
             return list(_load_file(path))
     except OSError as error:
         raise ScenarioError(f"{given}: cannot be read: {error.strerror}") from None
@@ -320,10 +320,11 @@ def _scenarios(given: str) -> list[Scenario]:
     named = {s.name: s for file in files.values() for s in _load_file(file)}
     if given in named:
         return [named[given]]
-    names = list(dict.fromkeys([*files, *named]))
+    if path.suffix == ".py" or ":" in given:
+        raise ScenarioError(f"{given}: found no scenario; a plug-in is named with -b FILE.py:NAME")
     raise ScenarioError(
-        f"{given}: found no such file, folder or shipped scenario; shipped are "
-        f"{', '.join(names)}{_suggestion(given, names)}"
+        f"{given}: found no such file, folder or shipped scenario{_suggestion(given, [*files, *named])}; "
+        "accepted is what `bnaudit list scenarios` shows, or a path"
     )
 
 

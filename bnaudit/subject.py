@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -43,6 +44,10 @@ FIRST_CALL = 5
 STDERR_KEPT = 1 << 16
 """Bytes of a worker's standard error that are remembered."""
 
+OWN_FRAME = re.compile(r"bnaudit/worker/\w+\.py|<frozen runpy>")
+"""Frames of the worker itself, which tell nothing about a backend."""
+
+INNERMOST_FIRST = "(most recent call first):"
 LAST_LINES = 20
 LAST_CHARACTERS = 4000
 """How much of it a crash or a timeout shows."""
@@ -432,8 +437,19 @@ class _Worker:
             pass
 
     def _last_words(self) -> str | None:
-        text = self._stderr.decode("utf-8", "backslashreplace")
-        return "\n".join(text.splitlines()[-LAST_LINES:])[-LAST_CHARACTERS:] or None
+        lines = self._stderr.decode("utf-8", "backslashreplace").splitlines()
+        stack = next((i for i, line in enumerate(lines) if line.endswith(INNERMOST_FIRST)), None)
+        if stack is not None:
+            # faulthandler begins where Python's own tracebacks end; as there, the last line is to tell.
+            end = next(
+                (i for i in range(stack + 1, len(lines)) if not lines[i].startswith("  File")),
+                len(lines),
+            )
+            frames = [
+                line for line in reversed(lines[stack + 1 : end]) if not OWN_FRAME.search(line)
+            ]
+            lines = [*lines[:stack], *lines[end:], "Stack (most recent call last):", *frames]
+        return "\n".join(lines[-LAST_LINES:])[-LAST_CHARACTERS:] or None
 
     def _kill_group(self) -> None:
         # Only before the process is waited for: afterwards its number may be another's.

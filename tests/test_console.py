@@ -406,11 +406,14 @@ def test_specimens_alone_are_no_verdict() -> None:
 
 def test_the_opening_says_what_gates() -> None:
     environment = Environment.model_validate(ENVIRONMENT)
-    first, second, third, *_ = show(opening(environment, 6, ["torch@cpu"], True)).splitlines()
+    first, second, third, *_ = show(opening(environment, 6, ["torch@cpu"], {}, True)).splitlines()
     assert first.endswith("Python 3.11.7, torch 2.13.0+cpu, 2 threads, 6 cases")
     assert second == "Gating: torch@cpu"
     assert "gate nothing" in third
-    assert "Gating: nothing" in show(opening(environment, 6, [], False))
+    missing = {"my_bn.py:f@cpu": "my_bn.py defines no f"}
+    text = show(opening(environment, 6, [], missing, False))
+    assert "Gating: nothing" in text
+    assert "my_bn.py:f@cpu is unavailable: my_bn.py defines no f" in text
 
 
 def test_an_empty_report_can_be_shown() -> None:

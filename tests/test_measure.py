@@ -180,6 +180,25 @@ def test_the_founding_case_fails_by_the_constant_rule_alone(tmp_path: Path) -> N
     assert verdict.cause == "BN001 constant channel"
 
 
+def test_the_constant_that_is_off_is_shown_even_if_another_element_has_the_larger_ratio(
+    tmp_path: Path,
+) -> None:
+    text = """
+input: {distribution: channels, items: [{distribution: constant, value: 100}, {distribution: normal}]}
+shape: [2, 2, 3]
+"""
+    y = right(tmp_path, text)["y"].copy()
+    y[1, 0, 2] = 0.002
+    y[0, 1, 1] += np.float32(4e-7)
+    verdict, measured = judged(tmp_path, text, y=y)
+    assert verdict.quantities["y"].status == "fail"
+    worst = measured["y"].worst
+    assert worst is not None
+    assert worst.index == (1, 0, 2)
+    assert worst.value == pytest.approx(0.002)
+    assert worst.reference == 0
+
+
 def test_a_harmless_miss_of_a_constant_only_warns(tmp_path: Path) -> None:
     y = np.full((1, 1, 3, 3), 5e-5, np.float32)
     verdict, _ = judged(tmp_path, CONSTANT.format(value=3.3), y=y)

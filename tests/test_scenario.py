@@ -326,8 +326,9 @@ def test_what_cannot_be_found_is_said() -> None:
         ("empty", r"empty: found no \.yaml or \.yml file in this folder"),
         (
             "smok",
-            r"smok: found no such file, folder or shipped scenario; .* \(did you mean smoke\?\)",
+            r"smok: found no such file, folder or shipped scenario \(did you mean smoke\?\); accepted is .*",
         ),
+        ("my_bn.py:f", r"my_bn\.py:f: found no scenario; a plug-in is named with -b FILE\.py:NAME"),
         ("none.yaml", r"none\.yaml: found no such file"),
         ("f.yaml/x", r"f\.yaml/x: found no such file"),
     ):
@@ -345,6 +346,7 @@ def test_all_shipped_scenarios_load_smoke_first_the_others_in_a_file_of_their_na
     assert {s.file for s in scenarios} == set(shipped().iterdir())
     assert load([str(shipped())]) == scenarios
     assert load(["large-offset"])[0].name == "large-offset"
+    assert [s.name for s in load(["caffe-3963"])] == ["caffe-3963"]
 
 
 def test_every_shipped_scenario_says_what_it_is_for_and_has_controls() -> None:

@@ -123,9 +123,16 @@ class Hanging:
 
 
 def opening(
-    environment: Environment, cases: int, gated: Sequence[str], with_specimens: bool
+    environment: Environment,
+    cases: int,
+    gated: Sequence[str],
+    missing: Mapping[str, str],
+    with_specimens: bool,
 ) -> Iterator[RenderableType]:
-    """What is about to run, and on what. gated: the gated backends that are available."""
+    """What is about to run, and on what.
+
+    gated: the gated backends that are available. missing: those asked for that are not, with the reason.
+    """
     torch = environment.packages.get("torch")
     parts = [
         f"bnaudit {__version__}",
@@ -136,6 +143,8 @@ def opening(
     ]
     yield Hanging("", ", ".join(parts))
     yield Hanging("Gating: ", ", ".join(gated) or "nothing")
+    for name, reason in missing.items():
+        yield Hanging("  ", Text(f"{name} is unavailable: {reason}", "bold red"))
     if with_specimens:
         yield Hanging("", SPECIMENS_KEY)
     yield ""

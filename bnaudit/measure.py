@@ -37,12 +37,14 @@ from bnaudit.reference import (
     from_bits,
     grad_input_element,
     gradients,
+    line_of,
     moments,
     nearest,
     normalization,
     running_statistics,
     slabs,
     step_weight,
+    tangent_of,
     y_element,
 )
 from bnaudit.scenario import Case
@@ -239,8 +241,10 @@ def _compare_y(
         for c in range(channels):
             if state[c] == UNJUDGED:
                 continue
-            scale, rate = line.scale[c], limits.rate[c]
-            gamma, beta = abs(weight[c]), abs(line.bias[c])
+            own, rate = line_of(line, c), limits.rate[c]
+            gamma, beta = abs(weight[c]), abs(own.bias)
+            base, wide, size, cap = limits.base[c], limits.wide[c], limits.size[c], limits.cap[c]
+            tight_base, tight_slope = limits.tight_base[c], limits.tight[c]
             for s in range(0, plane, BLOCK):
                 m = min(BLOCK, plane - s)
                 start = offset + image * plane + s
@@ -252,21 +256,21 @@ def _compare_y(
                     continue
                 for i in range(m):
                     v = np.float64(x_row[i])
-                    right, rest, distance = y_element(v, c, line)
+                    right, rest, distance = y_element(v, own)
                     high[i], low[i] = right, rest
                     xh = abs(distance) * rate
                     allowed[i], tight[i] = bounds.y_allowances(
                         training,
-                        abs(v * scale) * rate,
+                        abs(v * own.scale) * rate,
                         xh,
                         abs(right),
                         limits.rounding,
-                        limits.base[c],
-                        limits.wide[c],
-                        limits.size[c],
-                        limits.tight_base[c],
-                        limits.tight[c],
-                        limits.cap[c],
+                        base,
+                        wide,
+                        size,
+                        tight_base,
+                        tight_slope,
+                        cap,
                     )
                     coarse[i] = 2.0**-bounds.POOR_BITS * (gamma * max(1.0, xh) + beta)
                 _compare(
@@ -297,7 +301,7 @@ def _compare_grad_input(
         for c in range(channels):
             if state[c] == UNJUDGED:
                 continue
-            scale, rate, dy_scale = line.scale[c], limits.rate[c], tangent.scale[c]
+            own, ours, rate = line_of(line, c), tangent_of(tangent, c), limits.rate[c]
             for s in range(0, plane, BLOCK):
                 m = min(BLOCK, plane - s)
                 start = offset + image * plane + s
@@ -312,18 +316,18 @@ def _compare_grad_input(
                     # In inference the gradient does not depend on x, which may even be infinite.
                     v = np.float64(x_row[i]) if training else 0.0
                     g = np.float64(dy_row[i])
-                    right, rest, distance = grad_input_element(v, g, c, line, tangent)
+                    right, rest, distance = grad_input_element(v, g, own, ours)
                     high[i], low[i] = right, rest
                     allowed[i] = bounds.grad_input_allowance(
                         training,
-                        abs(v * scale) * rate,
+                        abs(v * own.scale) * rate,
                         abs(distance) * rate,
-                        abs(g * dy_scale),
+                        abs(g * ours.scale),
                         abs(right),
                         c,
                         limits,
-                        tangent.up[c],
-                        tangent.lift[c],
+                        ours.up,
+                        ours.lift,
                     )
                 _compare(
                     c,
@@ -512,7 +516,7 @@ def measure_y(
 
 
 def _y_value(norm: Normalization, c: int, x: float) -> float:
-    return float(y_element(x, c, norm.line)[0]) if norm.y_state[c] == OK else math.nan
+    return float(y_element(x, line_of(norm.line, c))[0]) if norm.y_state[c] == OK else math.nan
 
 
 def measure_grad_input(
@@ -550,7 +554,8 @@ def measure_grad_input(
     if grads.state[worst] == OK:
         value = float(widen(x[here], case.dtype)[0]) if norm.training else 0.0
         g = float(widen(dy[here], case.dtype)[0])
-        reference = float(grad_input_element(value, g, worst, norm.line, grads.tangent)[0])
+        own, ours = line_of(norm.line, worst), tangent_of(grads.tangent, worst)
+        reference = float(grad_input_element(value, g, own, ours)[0])
     return Measurement(
         **fields,
         worst=Worst(

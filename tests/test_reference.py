@@ -25,12 +25,14 @@ from bnaudit.reference import (
     expand,
     grad_input_element,
     gradients,
+    line_of,
     moments,
     nearest,
     normalization,
     root,
     running_statistics,
     step_weight,
+    tangent_of,
     y_element,
 )
 from bnaudit.worker.rounding import round_to, widen
@@ -106,10 +108,12 @@ def check_batch(dtype: str, x: reference.Array, dy: reference.Array, elements: i
         tiny = 8 * Fraction(5e-324)
         for i in np.linspace(0, n - 1, min(n, elements)).astype(int):
             xh = (xs[i] - mean) * r
-            h, low, _ = y_element(float(xs[i]), c, norm.line)
+            h, low, _ = y_element(float(xs[i]), line_of(norm.line, c))
             error = abs(Fraction(h) + Fraction(low) - (w * xh + b))
             assert error <= Fraction(2) ** -80 * (abs(w * xh) + abs(b)) + tiny
-            h, low, _ = grad_input_element(float(xs[i]), float(gs[i]), c, norm.line, grads.tangent)
+            h, low, _ = grad_input_element(
+                float(xs[i]), float(gs[i]), line_of(norm.line, c), tangent_of(grads.tangent, c)
+            )
             right = w * r * (gs[i] - total / n - (xs[i] - mean) * tilt)
             scale = abs(w) * r * (abs(gs[i]) + abs(total / n) + abs((xs[i] - mean) * tilt))
             if scale < Fraction(2) ** 1023:

@@ -40,8 +40,8 @@ SCHEMA_VERSION = 1
 RAN = ("pass", "warn", "fail", "crash", "timeout")
 """Statuses of results whose backend was called; the others say why it was not."""
 
-CHEAP = 1 << 21
-"""Bytes of a report (about a thousand results) up to which a save follows every result."""
+CHEAP = 1 << 24
+"""Bytes of a report up to which a save follows every result: more than all shipped scenarios make."""
 
 PACE = 20
 """Pause between saves of a larger one, in durations of a save: they take a twentieth of the time."""
@@ -296,9 +296,9 @@ class Writer:
     """A report that grows with the audit.
 
     What was added is in the file when the method that adds it returns; once the report is larger than
-    CHEAP, PACE durations of a save later (0.2 s at 4000 results), or when `save` returns. The file is replaced
-    as a whole, so it is a valid report at any moment, also after SIGKILL; until `finish` its verdict is
-    "interrupted". Every method raises ReportError where the file cannot be written.
+    CHEAP, PACE durations of a save later, or when `save` returns. The file is replaced as a whole, so it
+    is a valid report at any moment, also after SIGKILL; until `finish` its verdict is "interrupted". Every
+    method raises ReportError where the file cannot be written.
     """
 
     def __init__(

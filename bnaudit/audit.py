@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bnaudit.deviation import Measurement
 from bnaudit.inputs import Inputs, make
-from bnaudit.measure import Measurement, Reference
+from bnaudit.measure import Reference
 from bnaudit.reference import check_environment
 from bnaudit.scenario import Case, Scenario
 from bnaudit.subject import Reply, Subject

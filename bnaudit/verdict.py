@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from bnaudit.bounds import FORMATS
-from bnaudit.measure import Measurement, Reference, Worst
+from bnaudit.deviation import Measurement, Worst
+from bnaudit.measure import Reference
 from bnaudit.scenario import Case
 
 RUN_STATUSES = ("pass", "warn", "fail")

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from bnaudit.audit import CaseFacts, ControlOutcome, Result
-from bnaudit.measure import Worst
+from bnaudit.deviation import Worst
 from bnaudit.report import Report, Writer
 from bnaudit.scenario import Case, Scenario, load
 from bnaudit.verdict import Judged

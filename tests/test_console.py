@@ -23,7 +23,7 @@ from standins import (
 )
 
 from bnaudit.audit import ControlOutcome
-from bnaudit.measure import Worst
+from bnaudit.deviation import Worst
 from bnaudit.render import console
 from bnaudit.render.console import Layout, closing, counts, heading, opening, rows, verdict
 from bnaudit.report import Environment, Report

@@ -25,6 +25,7 @@ ORDER = (
     "inputs",
     "reference",
     "bounds",
+    "deviation",
     "measure",
     "verdict",
     "subject",

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from correct import Array, outputs, prepare
 
-from bnaudit import measure, reference
+from bnaudit import deviation, reference
 from bnaudit.bounds import FORMATS
-from bnaudit.measure import Declarations, Measurement, Reference
+from bnaudit.deviation import Measurement
+from bnaudit.measure import Declarations, Reference
 from bnaudit.verdict import Verdict, judge
 from bnaudit.worker.rounding import round_to, widen
 
@@ -565,12 +566,12 @@ running: {mean: 0, var: 70000}
 
 def test_a_ratio_that_is_not_a_number_is_never_forgotten() -> None:
     m = 4
-    tally = measure._tally(1)
-    output = measure._output(FORMATS["float32"])
+    tally = deviation._tally(1)
+    output = deviation._output(FORMATS["float32"])
     ones = np.ones(m)
     buffers = [np.empty(m), np.empty(m)]
     for got, allowed in ((5 * ones, ones * math.nan), (ones, ones)):
-        measure._compare(
+        deviation._compare(
             0, 0, m, got, ones, 0 * ones, allowed, allowed, ones, *buffers, output, tally
         )
     assert tally.ratio[0] == math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from dataclasses import dataclass
@@ -16,12 +17,29 @@ from bnaudit.worker.backends import BACKENDS
 PACKAGES = ("numpy", "numba", "llvmlite", "pydantic", "pyyaml", "rich", "click")
 """Distributions that the auditor itself runs on."""
 
-OPTIONAL = {
-    "torch": ("PyTorch's backends", "pip install 'bnaudit[torch]'"),
-    "ml_dtypes": ("bfloat16 in NumPy plug-ins", "pip install ml_dtypes"),
-    "safetensors": (".safetensors files in scenarios", "pip install 'bnaudit[safetensors]'"),
+OPTIONAL: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "torch": (("torch",), "PyTorch's backends", "pip install 'bnaudit[torch]'"),
+    "CuPy": (
+        ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
+        "the backends on CuPy (welford@cuda, gemm@cuda, chainer-2016@cuda)",
+        "pip install 'bnaudit[cuda13]'",
+    ),
+    "Triton": (
+        ("triton",),
+        "torch-compile@cuda and plug-ins written in Triton",
+        "pip install triton",
+    ),
+    "ml_dtypes": (("ml_dtypes",), "bfloat16 in NumPy plug-ins", "pip install ml_dtypes"),
+    "safetensors": (
+        ("safetensors",),
+        ".safetensors files in scenarios",
+        "pip install 'bnaudit[safetensors]'",
+    ),
 }
-"""Distributions that are needed only for some things: for what, and how to get them."""
+"""What is needed only for some things: its distributions, for what, and how to get it."""
+
+CUDA_13 = 13000
+"""The driver that CUDA 13 needs, as cuDriverGetVersion gives it."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +73,28 @@ def examine(threads: int) -> list[Entry]:
         Entry("scratch", place),
         Entry("packages", ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)),
     ]
-    for name, (purpose, command) in OPTIONAL.items():
-        version = _version(name)
-        if version is not None:
-            entries.append(Entry(name, version))
-        else:
-            entries.append(Entry(name, f"not installed; needed for {purpose}", command))
+    driver = _driver()
+    for name, (distributions, purpose, command) in OPTIONAL.items():
+        if driver is not None and driver < CUDA_13:
+            command = command.replace("cuda13", "cuda12")
+        versions = [version for d in distributions if (version := _version(d))]
+        missing = f"not installed; needed for {purpose}"
+        entries.append(
+            Entry(name, ", ".join(versions)) if versions else Entry(name, missing, command)
+        )
     flags = ", ".join(f"{name} {value}" for name, value in found["flags"].items())
     if flags:
-        entries.append(Entry("torch flags", flags))
+        entries.append(Entry("flags", flags))
+    if driver is None:
+        entries.append(Entry("CUDA driver", "none: the system has no libcuda.so.1"))
+    else:
+        entries.append(Entry("CUDA driver", f"for CUDA {driver // 1000}.{driver % 1000 // 10}"))
     for device in found["devices"]:
         software = [f"{key} {device[key]}" for key in ("driver", "cuda", "cudnn") if device[key]]
         entries.append(Entry("GPU", f"{device['name']}: {', '.join(software)}"))
-    if not found["devices"]:
-        entries.append(Entry("GPU", f"none usable: {reasons['torch@cuda'] or 'none found'}"))
+    for name in ("torch@cuda", "welford@cuda"):
+        if reasons[name] is not None:
+            entries.append(Entry("GPU", f"not for {name}: {reasons[name]}"))
     entries.append(
         Entry("backends", f"{available} of {len(reasons)} available (bnaudit list says why)")
     )
@@ -81,6 +107,17 @@ def _floating_point() -> Entry:
     except EnvironmentFaultError as error:
         return Entry("arithmetic", str(error), is_fault=True)
     return Entry("arithmetic", "IEEE 754: rounds to nearest, keeps subnormal numbers, exact FMA")
+
+
+def _driver() -> int | None:
+    """The newest CUDA that the NVIDIA driver supports, 13000 for 13.0; None where there is no driver."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    library.cuDriverGetVersion(ctypes.byref(version))
+    return version.value
 
 
 def _version(name: str) -> str | None:

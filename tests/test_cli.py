@@ -414,9 +414,8 @@ def test_schemas_are_json_schemas(invoke: Invoke, what: list[str]) -> None:
 def test_doctor_names_the_command_that_installs_what_is_missing(
     invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "bnaudit.doctor.OPTIONAL", {"no-such-package": ("something", "pip install this")}
-    )
+    needs = {"CuPy": (("no-such-package",), "something", "pip install cuda13")}
+    monkeypatch.setattr("bnaudit.doctor.OPTIONAL", needs)
     outcome = invoke("doctor", "--threads", "1")
     assert outcome.code == 0
     topics = {line.split("  ")[0] for line in outcome.out.splitlines()}
@@ -427,10 +426,22 @@ def test_doctor_names_the_command_that_installs_what_is_missing(
         "BLAS",
         "threads",
         "packages",
+        "CUDA driver",
         "GPU",
     }
     assert "1 for the backends" in outcome.out
-    assert "not installed; needed for something: pip install this\n" in outcome.out
+    assert "not installed; needed for something: pip install cuda13\n" in outcome.out
+
+
+def test_doctor_proposes_what_the_driver_can_run(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs = {"CuPy": (("no-such-package",), "something", "pip install cuda13")}
+    monkeypatch.setattr("bnaudit.doctor.OPTIONAL", needs)
+    monkeypatch.setattr("bnaudit.doctor._driver", lambda: 12040)
+    out = invoke("doctor").out
+    assert "CUDA driver  for CUDA 12.4\n" in out
+    assert "needed for something: pip install cuda12\n" in out
 
 
 # --- as a process ----------------------------------------------------------------------------------

@@ -15,7 +15,16 @@ from .backends import BACKENDS
 if TYPE_CHECKING:
     from typing import Any
 
-PACKAGES = ("numpy", "numba", "llvmlite", "ml_dtypes", "torch")
+PACKAGES = (
+    "numpy",
+    "numba",
+    "llvmlite",
+    "ml_dtypes",
+    "torch",
+    "triton",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+)
 """Distributions whose version can change a result."""
 
 ISA = ("FMA3", "AVX2", "AVX512F", "AVX512_SKX", "AVX512_ICL", "AVX512_SPR", "ASIMD", "SVE", "VSX")

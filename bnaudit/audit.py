@@ -16,6 +16,10 @@ from bnaudit.reference import check_environment
 from bnaudit.scenario import Case, Scenario
 from bnaudit.subject import Reply, Subject
 from bnaudit.verdict import Judged, judge
+from bnaudit.worker.rounding import storage
+
+TENSORS_HELD = 8
+"""Tensors of the statistics dtype that a case may take: those in files, and what a plain backend holds."""
 
 STATUSES = ("pass", "warn", "fail", "crash", "timeout", "unsupported", "unavailable")
 
@@ -143,7 +147,7 @@ def _run_case(
     scratch: Path,
     done: dict[tuple[str, str], _Run],
 ) -> Iterator[Event]:
-    obstacle = case.unsupported()
+    obstacle = case.unsupported() or _shortage(case)
     folder = scratch / "case"
     inputs: Inputs | None = None
     reference: Reference | None = None
@@ -177,6 +181,27 @@ def _run_case(
             yield Result(case, backend.name, subject.name, gated=backend.gated, **outcome)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _shortage(case: Case) -> str | None:
+    """Why the case may not fit into this machine's memory, or None."""
+    itemsize = storage(case.statistics_dtype).itemsize
+    needed = (TENSORS_HELD + case.steps) * math.prod(case.shape) * itemsize
+    available = available_memory()
+    if available is None or needed <= available:
+        return None
+    gib = 2**30
+    return f"may need {needed / gib:.0f} GiB of memory, and {available / gib:.0f} GiB are available"
+
+
+def available_memory() -> int | None:
+    """Bytes that new processes can have without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None  # not Linux
+    kib = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(kib[0]) * 1024 if kib else None
 
 
 def _execute(

@@ -294,7 +294,13 @@ def load(paths: Sequence[str] = ()) -> list[Scenario]:
 
 
 def _shipped_files() -> list[Path]:
+    """Those that run by default."""
     return sorted(shipped().glob("*.yaml"), key=_smoke_first)
+
+
+def _named_files() -> list[Path]:
+    """All that can be named: also those that only a GPU runs in reasonable time."""
+    return [*_shipped_files(), *sorted(shipped().with_name("scenarios-gpu").glob("*.yaml"))]
 
 
 def _smoke_first(path: Path) -> tuple[bool, Path]:
@@ -314,7 +320,7 @@ def _scenarios(given: str) -> list[Scenario]:
             return list(_load_file(path))
     except OSError as error:
         raise ScenarioError(f"{given}: cannot be read: {error.strerror}") from None
-    files = {file.stem: file for file in _shipped_files()}
+    files = {file.stem: file for file in _named_files()}
     if given in files:
         return list(_load_file(files[given]))
     named = {s.name: s for file in files.values() for s in _load_file(file)}

@@ -214,6 +214,19 @@ def test_stop_early_ends_after_the_first_gated_failure(tmp_path: Path) -> None:
     assert [r.backend for r in results] == ["welford@cpu", "torch@cpu"]
 
 
+def test_a_case_that_may_not_fit_into_memory_is_unsupported_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    available = audit.available_memory()
+    assert available is None or 2**20 < available < 2**50
+    monkeypatch.setattr(audit, "available_memory", lambda: 2**31)
+    huge = SCENARIO.format(name="a").replace("[2, 3, 4]", "[2, 3, 100000000]")
+    facts, results, _ = run(tmp_path, scenarios(tmp_path, huge), GATED, Subject())
+    assert {r.status for r in results} == {"unsupported"}
+    assert results[0].reason == "may need 20 GiB of memory, and 2 GiB are available"
+    assert {f.input_sha256 for f in facts} == {None}
+
+
 def test_a_case_that_cannot_be_laid_out_is_unsupported_everywhere(tmp_path: Path) -> None:
     text = SCENARIO.format(name="a") + "memory_format: channels_last\n"
     facts, results, _ = run(tmp_path, scenarios(tmp_path, text), GATED, Subject())

@@ -349,6 +349,14 @@ def test_all_shipped_scenarios_load_smoke_first_the_others_in_a_file_of_their_na
     assert [s.name for s in load(["caffe-3963"])] == ["caffe-3963"]
 
 
+def test_scenarios_of_a_gpus_size_run_only_when_they_are_named() -> None:
+    names = {"gpu-sizes", "gpu-huge"}
+    assert not names & {s.name for s in load()}
+    assert {load([name])[0].name for name in names} == names
+    assert max(case.n for case in load(["gpu-sizes"])[0].cases) == 2**24
+    assert math.prod(load(["gpu-huge"])[0].cases[0].shape) > 2**31
+
+
 def test_every_shipped_scenario_says_what_it_is_for_and_has_controls() -> None:
     for scenario in load():
         assert 60 < len(scenario.description) < 400, scenario.name

@@ -404,6 +404,15 @@ def test_specimens_alone_are_no_verdict() -> None:
     assert verdict(made).plain == "NOTHING-GATED (exit 5): only specimens ran"
 
 
+def test_where_nothing_ran_the_reasons_stand_without_being_asked_for() -> None:
+    case = scenarios(OFFSET)[0].cases[0]
+    refused = result(case, status="unsupported", reason="no such dtype")
+    alone = report(facts(case), refused, verdict="nothing-gated", exit_code=5)
+    assert "\n  1 unsupported: no such dtype\n" in show(closing(alone))
+    beside = report(facts(case), refused, result(case, "welford@cpu"))
+    assert "no such dtype" not in show(closing(beside))
+
+
 def test_the_opening_says_what_gates() -> None:
     environment = Environment.model_validate(ENVIRONMENT)
     first, second, third, *_ = show(opening(environment, 6, ["torch@cpu"], {}, True)).splitlines()

@@ -317,7 +317,7 @@ def closing(report: Report, *, verbose: bool = False) -> Iterator[RenderableType
     yield ""
     yield from controls(report)
     yield Hanging("", counts(report))
-    if verbose:
+    if verbose or not report.summary.ran:
         reasons = Counter(r.reason for r in report.results if r.status == "unsupported")
         for reason, number in reasons.most_common():
             yield Hanging("  ", f"{number} unsupported: {reason or 'no reason given'}")

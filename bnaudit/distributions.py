@@ -56,6 +56,11 @@ class Elements:
         return self.shape[0] * self._spatial
 
     @property
+    def step(self) -> int:
+        """The training step that the tensor belongs to, from 1."""
+        return (self.key[1] & 0xFFFFFFFF) + 1
+
+    @property
     def _spatial(self) -> int:
         return math.prod(self.shape[2:])
 
@@ -403,8 +408,29 @@ class Nonfinite(_Distribution):
         return result
 
 
+class Switch(_Distribution):
+    """`before` in the training steps up to one, `after` from that `step` on, counted from 1."""
+
+    distribution: Literal["switch"]
+    step: int = Field(ge=2)
+    before: Finite
+    after: Finite
+
+    def parts(self) -> tuple[_Distribution, ...]:
+        """Those of both."""
+        return (*self.before.parts(), *self.after.parts())
+
+    def obstacle(self, shape: tuple[int, ...], dtype: str) -> str | None:
+        """That of the first, or of the second."""
+        return self.before.obstacle(shape, dtype) or self.after.obstacle(shape, dtype)
+
+    def sample(self, e: Elements) -> Doubles:
+        """Both draw from the words of the step."""
+        return (self.before if e.step < self.step else self.after).sample(e)
+
+
 Distribution: TypeAlias = Annotated[
-    Simple | Channels | Nonfinite, Field(discriminator="distribution")
+    Simple | Channels | Nonfinite | Switch, Field(discriminator="distribution")
 ]
 
 DISTRIBUTIONS: dict[str, type[_Distribution]] = {
@@ -420,6 +446,7 @@ DISTRIBUTIONS: dict[str, type[_Distribution]] = {
     "planted": Planted,
     "nonfinite": Nonfinite,
     "channels": Channels,
+    "switch": Switch,
     "file": File,
 }
 

@@ -52,6 +52,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             {"distribution": "outlier", "value": 9, "position": "last"},
         )
     },
+    "switch": {
+        "step": 4,
+        "before": {"distribution": "normal"},
+        "after": {"distribution": "uniform", "low": 10, "high": 11},
+    },
 }
 
 
@@ -88,6 +93,16 @@ def test_values_do_not_depend_on_the_range_that_they_are_asked_for_in(name: str)
     cuts = [0, 1, 2, 29, 30, 31, 84, 200, SIZE]
     parts = [d.sample(Elements(a, b, SHAPE, "float32", KEY)) for a, b in pairwise(cuts)]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_switch_changes_the_distribution_at_its_step() -> None:
+    fields = EXAMPLES["switch"]
+    before, after = (sample("switch", tensor=(7, step - 1), **fields) for step in (3, 4))
+    np.testing.assert_array_equal(before, sample("normal", tensor=(7, 2)))
+    assert after.min() >= 10
+    role = 5 << 32  # a tensor's role is in the same word as its step
+    assert sample("switch", tensor=(7, role + 2), **fields).max() < 10
+    assert sample("switch", tensor=(7, role + 3), **fields).min() >= 10
 
 
 @pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"subnormal"}))

@@ -450,7 +450,7 @@ TOP = (
 SIMPLE = (
     "constant, normal, uniform, ramp, alternating, outlier, wide, sparse, subnormal, planted, file"
 )
-ALL = f"{SIMPLE}, channels, nonfinite"
+ALL = f"{SIMPLE}, channels, nonfinite, switch"
 DTYPES = "float16, bfloat16, float32, float64"
 
 
@@ -622,7 +622,7 @@ BROKEN_INPUTS: dict[str, str] = {
     "": "7: input: found nothing; accepted is a mapping such as {distribution: normal}",
     "{}": (
         "8: input.distribution: missing; accepted are constant, normal, uniform, ramp, alternating, "
-        "outlier, wide, sparse, subnormal, planted, nonfinite, channels, file"
+        "outlier, wide, sparse, subnormal, planted, nonfinite, channels, switch, file"
     ),
     "{distributon: normal}": (
         "9: input.distributon: there is no such field (did you mean distribution?)"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 NORMAL = "input: {distribution: normal, mean: 1.5}\n"
-CUDA = ("torch@cuda", "torch-native@cuda", "torch-cudnn@cuda")
+CUDNN = ("torch-cudnn@cuda", "torch-cudnn-benchmark@cuda", "torch-cudnn-deterministic@cuda")
+CUDA = ("torch@cuda", "torch-native@cuda", *CUDNN, "torch-compile@cuda")
 HALF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 
 
@@ -173,6 +176,31 @@ def test_inductor_keeps_a_constant_and_is_compiled_once_for_many_steps(
     assert "batch_mean" not in reply.outputs
 
 
+def test_generated_code_is_known_by_a_digest_that_depends_on_the_case_alone(
+    subject: Subject, tmp_path: Path
+) -> None:
+    backend = "torch-compile@cpu"
+    reason = subject.describe([backend])[backend]
+    if reason is not None:
+        pytest.skip(reason)
+    first, other, again = (
+        run(subject, tmp_path, f"{NORMAL}shape: [{shape}]\n", backend).kernel or ""
+        for shape in ("4, 3, 5, 5", "4, 3, 6, 6", "4, 3, 5, 5")
+    )
+    assert re.fullmatch(r"inductor contiguous \S+, code [0-9a-f]{12}", first)
+    assert first == again != other
+
+
+def test_the_digest_of_generated_code_ignores_where_and_when_it_was_generated() -> None:
+    from bnaudit.worker.backends._torch import digest
+
+    code = "# AOT ID: ['1_forward']\nkernel = cpp('''\n#pragma omp simd\nx * 2\n''')\n"
+    again = "# AOT ID: ['7_forward']\n    # kernel path: /tmp/a/b.py\n" + code.split("\n", 1)[1]
+    assert digest([code]) == digest([again])
+    assert len({digest([code]), digest([code, code]), digest([code.replace("2", "3")])}) == 3
+    assert digest([code]) != digest([code.replace("#pragma omp simd\n", "")])
+
+
 @pytest.mark.parametrize("backend", CUDA)
 def test_without_a_gpu_the_cuda_backends_say_why(subject: Subject, backend: str) -> None:
     torch = pytest.importorskip("torch")
@@ -198,10 +226,14 @@ def test_on_a_gpu_the_named_implementation_runs(
     case, inputs = prepare(tmp_path, text)
     reply = subject.run(backend, case, inputs)
     assert (reply.outcome, reply.reason) == ("done", None)
-    kernel = reply.kernel or ""
-    assert kernel.startswith(
-        {"torch-native@cuda": "native", "torch-cudnn@cuda": "cudnn"}.get(backend, "")
-    )
+    persistent = "spatial-persistent" if memory_format == "channels_last" else "spatial"
+    words = {
+        "torch@cuda": "",
+        "torch-native@cuda": "native ",
+        "torch-compile@cuda": "inductor ",
+        **dict.fromkeys(CUDNN, rf"cudnn \d+\.\d+\.\d+ {persistent} "),
+    }
+    assert re.match(words[backend], reply.kernel or "")
     expected = right_outputs(case, inputs)
     np.testing.assert_allclose(reply.outputs["y"], expected["y"], atol=1e-5)
     np.testing.assert_allclose(reply.outputs["grad_input"], expected["grad_input"], atol=1e-5)
@@ -212,7 +244,7 @@ def test_a_forced_path_that_did_not_run_is_an_error_and_cudnns_limits_are_refusa
     from bnaudit.worker.backends import _torch
 
     x, ones = np.ones((4, 3, 5, 5), np.float32), np.ones(3, np.float32)
-    options = {"training": True, "momentum": 0.1, "eps": 1e-5, "grad_output": None}
+    options: dict[str, Any] = {"training": True, "momentum": 0.1, "eps": 1e-5, "grad_output": None}
 
     def force(expected: str, weight: Any = ones, **changed: Any) -> Any:
         tensors = (x, weight, weight, ones.copy(), ones.copy())
@@ -225,3 +257,132 @@ def test_a_forced_path_that_did_not_run_is_an_error_and_cudnns_limits_are_refusa
         force("cudnn", weight=None)
     with pytest.raises(NotImplementedError, match="CUDNN_BN_MIN_EPSILON"):
         force("cudnn", eps=1e-6)
+    with pytest.raises(NotImplementedError, match="rank 2"):
+        _torch._eager("cpu", (x[:, :, 0, 0], *[ones] * 4), expected="cudnn", **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "training", "words"),
+    [
+        ((0, 3, 5, 5), "float32", True, "an empty batch"),
+        ((65536, 1, 1), "float32", False, "a batch of more than 65535 in inference"),
+        ((880802, 1, 1), "float32", True, "a batch of more than 880801 in training"),
+        ((2, 2**15, 2**15), "float32", True, "more than 2147483646 elements"),
+        ((4, 3, 5, 5), "bfloat16", True, "torch.bfloat16 with parameters in torch.float32"),
+    ],
+)
+def test_what_torch_does_not_give_to_cudnn_is_refused_with_the_rule(
+    shape: tuple[int, ...], dtype: str, training: bool, words: str
+) -> None:
+    torch = pytest.importorskip("torch")
+    from bnaudit.worker.backends import _torch
+
+    x = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    weight = torch.empty(shape[1], device="meta")
+    with pytest.raises(NotImplementedError, match=words):
+        _torch._refuse_for_cudnn(x, weight, training, 1e-5)
+    within = torch.empty((65535, 1, 1), device="meta")
+    _torch._refuse_for_cudnn(within, weight[:1], training, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("memory_format", "training", "mode"),
+    [
+        ("contiguous_format", True, "spatial"),
+        ("channels_last", True, "spatial-persistent"),
+        ("channels_last", False, "spatial"),
+    ],
+)
+def test_cudnns_mode_follows_the_memory_format(
+    memory_format: str, training: bool, mode: str
+) -> None:
+    torch = pytest.importorskip("torch")
+    from bnaudit.worker.backends import _torch
+
+    x = torch.ones(2, 3, 4, 5).to(memory_format=getattr(torch, memory_format))
+    assert _torch._cudnn_mode(x, training) == mode
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(None, None), (8907, "8.9.7"), (90201, "9.2.1"), (91002, "9.10.2")]
+)
+def test_cudnns_version_is_readable(
+    monkeypatch: pytest.MonkeyPatch, number: int | None, text: str | None
+) -> None:
+    torch = pytest.importorskip("torch")
+    from bnaudit.worker.backends import _torch
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: number)
+    assert _torch._cudnn_version() == text
+
+
+def test_too_little_gpu_memory_is_unsupported_and_other_errors_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch = pytest.importorskip("torch")
+    from bnaudit.worker.backends import _torch
+
+    gpu = SimpleNamespace(total_memory=12 * 2**30, name="A100")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+
+    @_torch.within_memory
+    def fail(*tensors: Any, **options: Any) -> dict[str, Any]:
+        raise options["error"]
+
+    words = "needs more GPU memory than the 12.0 GiB of A100"
+    exhausted = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    for error in (exhausted, RuntimeError("CUDA error: out of memory")):
+        with pytest.raises(NotImplementedError, match=words):
+            fail(error=error)
+    with pytest.raises(RuntimeError, match="misaligned"):
+        fail(error=RuntimeError("CUDA error: misaligned address"))
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A torch with CUDA, cuDNN and an H100, as far as it says so."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "hip", None)
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "get_device_capability": (9, 0),
+        "get_device_name": "H100",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "triton")
+    return monkeypatch
+
+
+def test_with_a_gpu_what_else_is_missing_is_named(pretended_gpu: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from bnaudit.worker.backends._torch import unavailable
+
+    pretended_gpu.setenv("CC", "cc")
+    assert [unavailable(name) for name in CUDA] == [None] * len(CUDA)
+    pretended_gpu.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+    assert unavailable("torch-compile@cuda") == (
+        "Triton needs a GPU of compute capability 7.0, and H100 has 6.1"
+    )
+    pretended_gpu.setattr(importlib.util, "find_spec", lambda name: None)
+    assert unavailable("torch-compile@cuda") == (
+        "Inductor needs Triton for GPUs (pip install triton)"
+    )
+    pretended_gpu.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    for name in CUDNN:
+        assert unavailable(name) == f"torch {torch.__version__} is built without cuDNN"
+    pretended_gpu.setattr(torch.version, "hip", "6.4")
+    assert "ROCm" in (unavailable("torch-cudnn@cuda") or "")
+    assert unavailable("torch-native@cuda") is None
+
+
+def test_triton_needs_a_c_compiler(pretended_gpu: pytest.MonkeyPatch) -> None:
+    from bnaudit.worker.backends._torch import unavailable
+
+    pretended_gpu.delenv("CC", raising=False)
+    pretended_gpu.setenv("PATH", "")
+    assert unavailable("torch-compile@cuda") == (
+        "Triton needs a C compiler, and there is neither gcc nor clang"
+    )

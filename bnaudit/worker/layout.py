@@ -37,10 +37,18 @@ def lay_out(values: Array, memory_format: str) -> Array:
         shape = values.shape[:1] + values.shape[2:] + values.shape[1:2]
         laid = np.moveaxis(np.empty(shape, values.dtype), -1, 1)
     else:
-        allocation = np.full(OFFSET + STEP * values.size, _nan(values.dtype), values.dtype)
-        laid = allocation[OFFSET::STEP].reshape(values.shape)
+        memory = np.full(OFFSET + STEP * values.size, _nan(values.dtype), values.dtype)
+        laid = memory[OFFSET::STEP].reshape(values.shape)
     laid[...] = values
     return laid
+
+
+def allocation(array: Array) -> Array | None:
+    """The one-dimensional array, gaps included, that a "strided" tensor is a part of; None for others."""
+    memory = array.base
+    if not isinstance(memory, np.ndarray) or memory.ndim != 1:
+        return None
+    return memory if memory.size == OFFSET + STEP * array.size else None
 
 
 def changed_gap(laid: Array) -> int | None:
@@ -48,10 +56,9 @@ def changed_gap(laid: Array) -> int | None:
 
     Counted in elements from the tensor's first; negative in front of it.
     """
-    allocation = laid
-    while allocation.base is not None:
-        allocation = allocation.base
-    touched = bits(allocation) != bits(np.full(1, _nan(laid.dtype), laid.dtype))
+    memory = allocation(laid)
+    assert memory is not None  # noqa: S101 - lay_out made it
+    touched = bits(memory) != bits(np.full(1, _nan(laid.dtype), laid.dtype))
     touched[OFFSET::STEP] = False  # the elements
     return int(touched.argmax()) - OFFSET if touched.any() else None
 

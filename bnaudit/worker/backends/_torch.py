@@ -3,11 +3,15 @@
 F.batch_norm decides y, the running statistics and, by autograd, the gradients. The batch statistics, which
 it does not hand out, come from a second call of the operator below it (`torch._batch_norm_impl_index`, on
 copies of the running statistics), whose last result says which implementation torch chose: 0 its own,
-1 cuDNN, 2 MIOpen. Requires torch 1.13 or later; 2.0 for torch-compile.
+1 cuDNN, 2 MIOpen. Both calls choose the same: the choice depends on torch's settings and on the arguments, but
+on no tensor's values. Requires torch 1.13 or later; 2.4 for torch-compile.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -15,8 +19,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .. import layout
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from ..rounding import Array
@@ -27,11 +33,22 @@ if TYPE_CHECKING:
 IMPLEMENTATIONS = ("native", "cudnn", "miopen")
 """By the index that torch._batch_norm_impl_index returns."""
 
-_compiled: set[tuple[Any, ...]] = set()
-"""What torch.compile last compiled for, so that a case of many steps is compiled once."""
+_compiled: dict[tuple[Any, ...], str] = {}
+"""What torch.compile last compiled for, and a digest of the code, so that many steps are compiled once."""
+
+PYTHON_COMMENT = re.compile(r"^\s*# .*\n", re.MULTILINE)
+"""Lines of generated code that hold paths and counters; its C++ has comments of another kind."""
+
+TRITON_CAPABILITY = (7, 0)
+"""Compute capability of the oldest GPU that Triton compiles for."""
 
 CUDNN_MIN_EPS = 1e-5
 """CUDNN_BN_MIN_EPSILON of cuDNN 7; later versions allow 0, and then torch does not refuse."""
+
+CUDNN_MOST_IMAGES = {True: 880801, False: 65535}
+"""Batch size up to which torch uses cuDNN, in training and in inference (_select_batch_norm_backend)."""
+
+CUDNN_MOST_ELEMENTS = 2**31 - 2
 
 
 def unavailable(name: str) -> str | None:
@@ -49,15 +66,57 @@ def unavailable(name: str) -> str | None:
             return "torch %s is built without CUDA" % torch.__version__
         if not torch.cuda.is_available():
             return "no GPU: torch %s finds none" % torch.__version__
-    if name == "torch-cudnn@cuda" and not torch.backends.cudnn.is_available():
-        return "torch %s is built without cuDNN" % torch.__version__
-    if name == "torch-compile@cpu":
-        if not hasattr(torch, "compile"):
-            return "torch %s has no torch.compile" % torch.__version__
+    if name.startswith("torch-cudnn"):
+        if torch.version.hip is not None:
+            return "torch %s is built for ROCm, which has no cuDNN" % torch.__version__
+        if not torch.backends.cudnn.is_available():
+            return "torch %s is built without cuDNN" % torch.__version__
+    if name.startswith("torch-compile"):
+        return _cannot_compile(name.partition("@")[2])
+    return None
+
+
+def _cannot_compile(device: str) -> str | None:
+    """Why Inductor cannot generate code for a device that torch has, or None."""
+    import torch
+
+    if not hasattr(torch, "compile"):
+        return "torch %s has no torch.compile" % torch.__version__
+    if device == "cpu":
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
             return "Inductor needs a C++ compiler, and there is no %s" % compiler
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "Inductor needs Triton for GPUs (pip install triton)"
+    capability = torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < TRITON_CAPABILITY:
+        text = "Triton needs a GPU of compute capability %d.%d, and %s has %d.%d"
+        name = torch.cuda.get_device_name()
+        return text % (*TRITON_CAPABILITY, name, *capability)
+    if "CC" not in os.environ and not (shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler, and there is neither gcc nor clang"
     return None
+
+
+def within_memory(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    """The function, with NotImplementedError where the GPU runs out of memory."""
+
+    @functools.wraps(function)
+    def refusing(*tensors: Array | None, **options: Any) -> Outputs:
+        try:
+            return function(*tensors, **options)
+        except RuntimeError as error:
+            # The allocator, the driver and a rank of a group raise different types.
+            if "out of memory" not in str(error):
+                raise
+            import torch
+
+            gpu = torch.cuda.get_device_properties(0)
+            text = "the case needs more GPU memory than the %.1f GiB of %s"
+            raise NotImplementedError(text % (gpu.total_memory / 2**30, gpu.name)) from error
+
+    return refusing
 
 
 def torch_cpu(*tensors: Array | None, **options: Any) -> Outputs:
@@ -65,11 +124,13 @@ def torch_cpu(*tensors: Array | None, **options: Any) -> Outputs:
     return _eager("cpu", tensors, **options)
 
 
+@within_memory
 def torch_cuda(*tensors: Array | None, **options: Any) -> Outputs:
     """F.batch_norm on the GPU, whichever implementation torch chooses."""
     return _eager("cuda", tensors, **options)
 
 
+@within_memory
 def torch_native_cuda(*tensors: Array | None, **options: Any) -> Outputs:
     """F.batch_norm on the GPU with cuDNN switched off."""
     import torch
@@ -78,36 +139,79 @@ def torch_native_cuda(*tensors: Array | None, **options: Any) -> Outputs:
         return _eager("cuda", tensors, expected="native", **options)
 
 
+@within_memory
 def torch_cudnn_cuda(*tensors: Array | None, **options: Any) -> Outputs:
     """F.batch_norm on the GPU, refused unless cuDNN is what runs."""
     import torch
 
-    with torch.backends.cudnn.flags(enabled=True):
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False):
+        return _eager("cuda", tensors, expected="cudnn", **options)
+
+
+@within_memory
+def torch_cudnn_benchmark_cuda(*tensors: Array | None, **options: Any) -> Outputs:
+    """F.batch_norm by cuDNN with torch.backends.cudnn.benchmark on."""
+    import torch
+
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False):
+        return _eager("cuda", tensors, expected="cudnn", **options)
+
+
+@within_memory
+def torch_cudnn_deterministic_cuda(*tensors: Array | None, **options: Any) -> Outputs:
+    """F.batch_norm by cuDNN with torch.backends.cudnn.deterministic on."""
+    import torch
+
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         return _eager("cuda", tensors, expected="cudnn", **options)
 
 
 def torch_compile_cpu(*tensors: Array | None, **options: Any) -> Outputs:
     """torch.compile of F.batch_norm; raises RuntimeError if Inductor generated no kernel for it."""
+    return _inductor("cpu", tensors, **options)
+
+
+@within_memory
+def torch_compile_cuda(*tensors: Array | None, **options: Any) -> Outputs:
+    """torch.compile of F.batch_norm on the GPU; RuntimeError if Inductor generated no kernel for it."""
+    return _inductor("cuda", tensors, **options)
+
+
+def _inductor(
+    device: str, tensors: tuple[Array | None, ...], *, grad_output: Array | None, **options: Any
+) -> Outputs:
     import torch
     from torch._inductor import metrics
+    from torch._inductor.utils import run_and_get_code
 
-    x, running_mean, running_var, weight, bias = _ordered(tensors, "cpu")
-    grad_output = _tensor(options.pop("grad_output"), "cpu")
+    x, running_mean, running_var, weight, bias = _ordered(tensors, device)
+    gradient = to_tensor(grad_output, device)
     arguments = (x, running_mean, running_var, weight, bias)
     _refuse(_on_meta, arguments, options)
-    forms = (x.shape, x.stride(), x.dtype, running_mean.dtype)
-    signature = (*forms, weight is None, grad_output is None, *options.values())
-    if signature not in _compiled:
-        # Dynamo gives up on a function that it has compiled for too many shapes: one at a time.
-        torch._dynamo.reset()
-        metrics.reset()
-        _compiled.clear()
     compiled = torch.compile(torch.nn.functional.batch_norm, fullgraph=True, dynamic=False)
-    outputs = _differentiated(compiled, arguments, options, grad_output)
-    if x.numel() and not metrics.generated_kernel_count:
-        raise RuntimeError("Inductor generated no kernel: torch.compile fell back to another path")
-    _compiled.add(signature)
-    return dict(outputs, kernel="inductor %s %s" % (_memory_format(x), _capability()))
+    step = functools.partial(_differentiated, compiled, arguments, options, gradient)
+    forms = (device, x.shape, x.stride(), x.dtype, running_mean.dtype)
+    signature = (*forms, weight is None, gradient is None, *options.values())
+    if signature in _compiled:
+        outputs = step()
+    else:
+        # One at a time: Dynamo gives up on a function that it has compiled for too many shapes.
+        _compiled.clear()
+        metrics.reset()
+        outputs, code = run_and_get_code(step)  # after torch._dynamo.reset()
+        if x.numel() and not metrics.generated_kernel_count:
+            text = "Inductor generated no kernel: torch.compile fell back to another path"
+            raise RuntimeError(text)
+        _compiled[signature] = digest(code)
+    kernel = "inductor %s %s, code %s"
+    found = (_memory_format(x), _where(device), _compiled[signature])
+    return dict(outputs, kernel=kernel % found)
+
+
+def digest(code: Sequence[str]) -> str:
+    """12 hexadecimal digits that tell pieces of generated code from others, wherever they were generated."""
+    plain = "\0".join(PYTHON_COMMENT.sub("", piece) for piece in code)
+    return hashlib.sha256(plain.encode()).hexdigest()[:12]
 
 
 def _eager(
@@ -134,7 +238,7 @@ def _eager(
         torch.nn.functional.batch_norm,
         (x, running_mean, running_var, weight, bias),
         options,
-        _tensor(grad_output, device),
+        to_tensor(grad_output, device),
     )
     with torch.no_grad():
         _, batch_mean, invstd, _, index = torch._batch_norm_impl_index(
@@ -143,13 +247,15 @@ def _eager(
     implementation = IMPLEMENTATIONS[index]
     if expected not in (None, implementation):
         if expected == "cudnn":
-            _refuse_for_cudnn(x, weight, eps)
+            _refuse_for_cudnn(x, weight, training, eps)
         raise RuntimeError("torch ran its %s BatchNorm, not %s" % (implementation, expected))
     # Statistics in 16 bits (16-bit parameters) are a rounded copy of what torch computed with.
     if training and x.numel() and batch_mean.dtype in (torch.float32, torch.float64):
-        outputs.update(batch_mean=_array(batch_mean), invstd=_array(invstd))
-    where = _capability() if device == "cpu" else torch.cuda.get_device_name()
-    return dict(outputs, kernel="%s %s %s" % (implementation, _memory_format(x), where))
+        outputs.update(batch_mean=to_array(batch_mean), invstd=to_array(invstd))
+    if implementation == "cudnn":
+        implementation += " %s %s" % (_cudnn_version(), _cudnn_mode(x, training))
+    kernel = "%s %s %s" % (implementation, _memory_format(x), _where(device))
+    return dict(outputs, kernel=kernel)
 
 
 def _differentiated(
@@ -157,8 +263,13 @@ def _differentiated(
     arguments: tuple[Tensor, ...],
     options: dict[str, Any],
     grad_output: Tensor | None,
+    *,
+    allow_unused: bool = False,
 ) -> Outputs:
-    """y, the running statistics and, where grad_output is given, the gradients by autograd."""
+    """y, the running statistics and, where grad_output is given, the gradients by autograd.
+
+    allow_unused: whether a gradient may be None, which is zero, or is an error.
+    """
     import torch
 
     x, running_mean, running_var, weight, bias = arguments
@@ -169,9 +280,12 @@ def _differentiated(
     y = _refuse(batch_norm, arguments, options)
     outputs = {"y": y, "running_mean": running_mean, "running_var": running_var}
     if grad_output is not None:
-        gradients = torch.autograd.grad(y, list(leaves.values()), grad_output)
-        outputs.update(zip(leaves, gradients))  # noqa: B905 - Python 3.7 has no strict
-    return {name: _array(tensor) for name, tensor in outputs.items()}
+        gradients = torch.autograd.grad(
+            y, list(leaves.values()), grad_output, allow_unused=allow_unused
+        )
+        for (name, leaf), gradient in zip(leaves.items(), gradients):  # noqa: B905 - Python 3.7
+            outputs[name] = torch.zeros_like(leaf) if gradient is None else gradient
+    return {name: to_array(tensor) for name, tensor in outputs.items()}
 
 
 def _refuse(
@@ -196,7 +310,7 @@ def _on_meta(*arguments: Tensor | None, **options: Any) -> Tensor:
     return torch.nn.functional.batch_norm(*shapes, **options)
 
 
-def _refuse_for_cudnn(x: Tensor, weight: Tensor | None, eps: float) -> None:
+def _refuse_for_cudnn(x: Tensor, weight: Tensor | None, training: bool, eps: float) -> None:
     """Raises NotImplementedError if the case is outside what cuDNN or torch's use of it supports."""
     import torch
 
@@ -209,8 +323,38 @@ def _refuse_for_cudnn(x: Tensor, weight: Tensor | None, eps: float) -> None:
     if x.dtype == torch.bfloat16 or weight.dtype in (torch.float16, torch.bfloat16):
         text = "torch does not use cuDNN for %s with parameters in %s"
         raise NotImplementedError(text % (x.dtype, weight.dtype))
-    if x.numel() == 0 or x.numel() >= 2**31 - 1:
-        raise NotImplementedError("torch does not use cuDNN for %d elements" % x.numel())
+    if not x.numel():
+        raise NotImplementedError("torch does not use cuDNN for an empty batch")
+    if x.numel() > CUDNN_MOST_ELEMENTS:
+        text = "torch does not use cuDNN for more than %d elements"
+        raise NotImplementedError(text % CUDNN_MOST_ELEMENTS)
+    most = CUDNN_MOST_IMAGES[training]
+    if len(x) > most:
+        mode = "training" if training else "inference"
+        text = "torch does not use cuDNN for a batch of more than %d in %s"
+        raise NotImplementedError(text % (most, mode))
+
+
+def _cudnn_mode(x: Tensor, training: bool) -> str:
+    """cudnnBatchNormMode_t as torch chooses it (getCudnnBatchNormMode in ATen/native/cudnn/BatchNorm.cpp).
+
+    The persistent mode limits the range of values. Per-activation, which torch has for rank 2, never runs:
+    for such inputs it does not use cuDNN.
+    """
+    if training and _memory_format(x) == "channels_last":
+        return "spatial-persistent"
+    return "spatial"
+
+
+def _cudnn_version() -> str | None:
+    """cuDNN's version, such as 9.2.1; None where torch has none."""
+    import torch
+
+    number = torch.backends.cudnn.version()
+    if number is None:
+        return None
+    unit = 10000 if number >= 90000 else 1000  # since cuDNN 9 the minor version has two digits
+    return "%d.%d.%d" % (number // unit, number % unit // 100, number % 100)
 
 
 def _ordered(tensors: tuple[Array | None, ...], device: str) -> tuple[Tensor, ...]:
@@ -220,31 +364,33 @@ def _ordered(tensors: tuple[Array | None, ...], device: str) -> tuple[Tensor, ..
     threads = os.environ.get("OMP_NUM_THREADS")
     if threads is not None:
         torch.set_num_threads(int(threads))
-    x, weight, bias, running_mean, running_var = (_tensor(array, device) for array in tensors)
+    x, weight, bias, running_mean, running_var = (to_tensor(array, device) for array in tensors)
     return x, running_mean, running_var, weight, bias
 
 
-def _tensor(array: Array | None, device: str) -> Tensor | None:
-    """The array (uint16: bfloat16's bits) as a tensor with its strides; on the CPU, in its memory."""
+def to_tensor(array: Array | None, device: str) -> Tensor | None:
+    """The array (uint16: bfloat16's bits) as a tensor with its strides; on the CPU, in its memory.
+
+    A strided array takes its whole allocation along, so that its gaps hold NaN on the GPU as well.
+    """
     import torch
 
     if array is None:
         return None
-    if array.dtype == np.uint16:
-        tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    allocation = layout.allocation(array)
+    memory = array if allocation is None else allocation
+    if memory.dtype == np.uint16:
+        tensor = torch.from_numpy(memory.view(np.int16)).view(torch.bfloat16)
     else:
-        tensor = torch.from_numpy(array)
-    if device == "cpu":
+        tensor = torch.from_numpy(memory)
+    tensor = tensor.to(device)
+    if allocation is None:
         return tensor
-    if tensor.dim() > 1 and _memory_format(tensor) == "strided":
-        last = [(n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride())]  # noqa: B905
-        extent = 1 + sum(last)
-        memory = torch.full((extent,), float("nan"), dtype=tensor.dtype, device=device)
-        return memory.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
-    return tensor.to(device)
+    strides = [stride // array.itemsize for stride in array.strides]
+    return tensor.as_strided(array.shape, strides, layout.OFFSET)
 
 
-def _array(tensor: Tensor) -> Array:
+def to_array(tensor: Tensor) -> Array:
     import torch
 
     tensor = tensor.detach().cpu()
@@ -267,6 +413,14 @@ def _memory_format(x: Tensor) -> str:
     return "strided"
 
 
+def _where(device: str) -> str:
+    """What the kernels ran on: an instruction set, or a GPU's name."""
+    import torch
+
+    name: str = torch.cuda.get_device_name() if device == "cuda" else _capability()
+    return name
+
+
 def _capability() -> str:
     """The instruction set that torch's CPU kernels were dispatched for, such as AVX512."""
     import torch
@@ -283,7 +437,6 @@ def describe() -> dict[str, Any]:
 
     devices = []
     for index in range(torch.cuda.device_count()):
-        cudnn = torch.backends.cudnn.version()
         driver = torch._C._cuda_getDriverVersion()
         name = torch.cuda.get_device_name(index)
         devices.append(
@@ -291,7 +444,7 @@ def describe() -> dict[str, Any]:
                 "name": name,
                 "driver": "%d.%d" % (driver // 1000, driver % 1000 // 10),
                 "cuda": torch.version.cuda,
-                "cudnn": None if cudnn is None else str(cudnn),
+                "cudnn": _cudnn_version(),
             }
         )
     flags = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -107,39 +108,61 @@ def test_moments_are_close_to_exact_on_well_conditioned_channels(
         assert abs(float(got["batch_var"][c]) - float(var)) <= 4 * (n + 8) * u * square
 
 
+def reduced(lanes: Sequence[Any], merge: Callable[[Any, Any], Any]) -> Any:
+    """A block of 256 lanes reduced as warps of 32, then as 8 warps: second halves into first, None left out."""
+    parts = [*lanes, *[None] * (256 - len(lanes))]
+    for group in (32, 8):
+        groups = [parts[k : k + group] for k in range(0, len(parts), group)]
+        for half in (group // 2**k for k in range(1, group.bit_length())):
+            groups = [
+                [a if b is None else merge(a, b) for a, b in zip(g[:half], g[half:], strict=True)]
+                for g in groups
+            ]
+        parts = [part for (part,) in groups]
+    return parts[0]
+
+
 @both
-@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 129, 200, 1000])
-def test_welford_deals_to_lanes_of_64_and_merges_them_in_a_tree(n: int, dtype: str) -> None:
-    x = drawn((1, 2, n), dtype, offset=10)
+@pytest.mark.parametrize("n", [1, 2, 9, 31, 33, 65, 200, 255, 257, 1000, 16384, 16385, 33000])
+def test_welford_deals_to_lanes_in_blocks_of_256_and_merges_them_in_trees(
+    n: int, dtype: str
+) -> None:
+    x, dy = drawn((1, 1, n), dtype, offset=10), drawn((1, 1, n), dtype, 1, offset=1)
     real = np.dtype(dtype).type
-    got = run("welford", x)
-    for c in range(2):
-        lanes = math.ceil(n / 64)
-        parts = []
-        for lane in range(lanes):
-            count, mean, m2 = 0, real(0), real(0)
-            for value in x[0, c, lane::lanes]:
-                count += 1
-                delta = value - mean
-                mean = mean + delta / real(count)
-                m2 = m2 + delta * (value - mean)
-            assert count <= 64
-            parts.append((count, mean, m2))
-        while len(parts) > 1:
-            half = (len(parts) + 1) // 2
-            merged = []
-            for j in range(half):
-                if j + half >= len(parts):
-                    merged.append(parts[j])
-                    continue
-                (na, mean_a, m2_a), (nb, mean_b, m2_b) = parts[j], parts[j + half]
-                delta = mean_b - mean_a
-                mean = mean_a + delta * real(nb / (na + nb))
-                m2 = (m2_a + m2_b) + delta * delta * real(na * nb / (na + nb))
-                merged.append((na + nb, mean, m2))
-            parts = merged
-        ((count, mean, m2),) = parts
-        assert (got["batch_mean"][c], got["batch_var"][c]) == (mean, m2 / real(n))
+    blocks = math.ceil(n / (256 * 64))
+    lanes, sums = [], []
+    for lane in range(min(n, 256 * blocks)):
+        count, mean, m2, total = 0, real(0), real(0), real(0)
+        for value, g in zip(
+            x[0, 0, lane :: 256 * blocks], dy[0, 0, lane :: 256 * blocks], strict=True
+        ):
+            count += 1
+            delta = value - mean
+            mean = mean + delta / real(count)
+            m2 = m2 + delta * (value - mean)
+            total = total + g
+        assert count <= 64
+        lanes.append((count, mean, m2))
+        sums.append(total)
+
+    def merge(a: Any, b: Any) -> Any:
+        (na, mean_a, m2_a), (nb, mean_b, m2_b) = a, b
+        share, delta = real(nb) / real(na + nb), mean_b - mean_a
+        m2 = (m2_a + m2_b) + delta * delta * (real(na) * share)
+        return na + nb, mean_a + delta * share, m2
+
+    def add(a: Any, b: Any) -> Any:
+        return a + b
+
+    def whole(parts: Sequence[Any], merge: Callable[[Any, Any], Any]) -> Any:
+        return reduced(
+            [reduced(parts[k : k + 256], merge) for k in range(0, len(parts), 256)], merge
+        )
+
+    got = run("welford", x, bias=np.zeros(1, dtype), grad_output=dy)
+    _, mean, m2 = whole(lanes, merge)
+    assert (got["batch_mean"][0], got["batch_var"][0]) == (mean, m2 / real(n))
+    assert got["grad_bias"][0] == whole(sums, add)
 
 
 @both

@@ -8,7 +8,7 @@ one_pass               E[x²] - E[x]², pairwise sums
 two_pass               mean, then the mean of (x - mean)²; pairwise sums
 two_pass_sequential    the same with one serial chain of additions per sum
 welford                one Welford recurrence per lane of at most 64 elements, lanes merged by Chan's
-                       formula in a balanced tree
+                       formula in a tree: the bits of batchnorm.cu, whose header says more
 welford_sequential     one Welford recurrence over the whole channel
 shifted                one_pass on x - x_1, with x_1 the channel's first element
 
@@ -26,9 +26,13 @@ import numpy as np
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
+    Lanes = Tuple[Array, ...]  # what is reduced: the last axis of each counts lanes
+    Merge = Callable[[Lanes, Lanes], None]
 
-LANE = 64
-"""Longest Welford recurrence of `welford`."""
+WARP, WARPS, LONGEST = 32, 8, 64
+"""Of batchnorm.cu: threads of a warp, warps of a block, and the longest Welford recurrence of a thread."""
+
+THREADS = WARP * WARPS
 
 
 def unavailable(name: str) -> Optional[str]:
@@ -86,31 +90,87 @@ def _shifted(rows: Array) -> Tuple[Array, Array]:
 
 
 def _welford(rows: Array) -> Tuple[Array, Array]:
-    """Deal the elements in turn to ceil(n / LANE) lanes, then merge lane j + half into lane j."""
-    n = rows.shape[1]
+    """Mean and biased variance with the operations of batchnorm.cu's `moments` and `statistics`."""
+    channels, n = rows.shape
     real = rows.dtype.type
-    lanes = -(-n // LANE)
-    mean = rows[:, :lanes].copy()
+    lanes = lanes_of(n)
+    mean = np.zeros((channels, min(n, lanes)), rows.dtype)
     m2 = np.zeros_like(mean)
-    count = np.ones(lanes)
-    for start in range(lanes, n, lanes):
+    count = np.zeros(mean.shape[1], np.int64)
+    for start in range(0, n, lanes):
         x = rows[:, start : start + lanes]
         active = x.shape[1]
         delta = x - mean[:, :active]
         mean[:, :active] += delta / real(start // lanes + 1)
         m2[:, :active] += delta * (x - mean[:, :active])
         count[:active] += 1
-    while lanes > 1:
-        half = (lanes + 1) // 2
-        left, right = slice(0, lanes - half), slice(half, lanes)
-        total = count[left] + count[right]
-        delta = mean[:, right] - mean[:, left]
-        mean[:, left] += delta * (count[right] / total).astype(real)
-        m2[:, left] += m2[:, right]
-        m2[:, left] += delta * delta * (count[left] * count[right] / total).astype(real)
-        count[left] = total
-        lanes = half
+    _, mean, m2 = _merge_lanes((count, mean, m2), _merge_moments)
     return mean[:, 0], m2[:, 0] / real(n)
+
+
+def _lane_sums(rows: Array) -> Array:
+    """Sum each row with the operations of batchnorm.cu's `gradient_sums` and `parameter_gradients`."""
+    channels, n = rows.shape
+    lanes = lanes_of(n)
+    total = np.zeros((channels, min(n, lanes)), rows.dtype)
+    for start in range(0, n, lanes):
+        x = rows[:, start : start + lanes]
+        total[:, : x.shape[1]] += x
+    return _merge_lanes((total,), _merge_sums)[0][:, 0]
+
+
+def lanes_of(n: int) -> int:
+    """Number of lanes that a channel of n elements is dealt to, in turn: whole blocks of threads."""
+    return THREADS * -(-n // (THREADS * LONGEST))
+
+
+def _merge_lanes(lanes: Lanes, merge: Merge) -> Lanes:
+    """Reduce lanes to one: in blocks of threads, then the blocks, dealt to the threads of one more block.
+
+    merge(a, b) merges b into the first lanes of a, as many as b has.
+    """
+    blocks = _merge_blocks(lanes, merge)
+    threads = tuple(part[..., :THREADS] for part in blocks)
+    for start in range(THREADS, blocks[0].shape[-1], THREADS):
+        merge(threads, tuple(part[..., start : start + THREADS] for part in blocks))
+    return _merge_blocks(threads, merge)
+
+
+def _merge_blocks(lanes: Lanes, merge: Merge) -> Lanes:
+    """Reduce the lanes of every block to one: first within its warps, then across them.
+
+    Only the last block may be short of lanes, at its end. Lanes that are not there are not merged.
+    """
+    for group in (WARP, WARPS):
+        while group > 1:
+            half = group // 2
+            places = np.arange(lanes[0].shape[-1])
+            if places.size > half:
+                left = places[places % group < half]
+                right = left[left + half < places.size] + half
+                lower = tuple(part.take(right, -1) for part in lanes)
+                lanes = tuple(part.take(left, -1) for part in lanes)
+                merge(lanes, lower)
+            group = half
+    return lanes
+
+
+def _merge_moments(a: Lanes, b: Lanes) -> None:
+    """Chan's formula."""
+    count_b, mean_b, m2_b = b
+    count_a, mean_a, m2_a = (part[..., : count_b.size] for part in a)
+    real = mean_a.dtype.type
+    count = count_a + count_b
+    share = count_b.astype(real) / count.astype(real)
+    delta = mean_b - mean_a
+    mean_a += delta * share
+    m2_a += m2_b
+    m2_a += delta * delta * (count_a.astype(real) * share)
+    count_a[...] = count
+
+
+def _merge_sums(a: Lanes, b: Lanes) -> None:
+    a[0][..., : b[0].shape[-1]] += b[0]
 
 
 def _welford_recurrence(rows: Array, mean: Array, m2: Array) -> None:
@@ -158,13 +218,17 @@ def from_rows(rows: Array, shape: Tuple[int, ...]) -> Array:
     return rows.reshape((shape[1], shape[0], *shape[2:])).swapaxes(0, 1)
 
 
+def running_factors(real: Any, n: int, momentum: float) -> Tuple[Any, Any, Any]:
+    """What running statistics, the batch's, and its biased variance are multiplied by, in the type `real`."""
+    return real(1 - momentum), real(momentum), real(n / (n - 1) if n > 1 else 1)
+
+
 def update_running(
     running_mean: Array, running_var: Array, mean: Array, var: Array, n: int, momentum: float
 ) -> Dict[str, Array]:
     """Move the running statistics by `momentum` towards the batch's mean and unbiased variance."""
     real = mean.dtype.type
-    old, new = real(1 - momentum), real(momentum)
-    correction = real(n / (n - 1) if n > 1 else 1)
+    old, new, correction = running_factors(real, n, momentum)
     return {
         "running_mean": running_mean.astype(real) * old + mean * new,
         "running_var": running_var.astype(real) * old + (var * correction) * new,
@@ -267,6 +331,6 @@ class Yardstick:
 one_pass = Yardstick(_one_pass, pairwise)
 two_pass = Yardstick(_two_pass, pairwise)
 two_pass_sequential = Yardstick(_two_pass_sequential, sequential)
-welford = Yardstick(_welford, pairwise)
+welford = Yardstick(_welford, _lane_sums)
 welford_sequential = Yardstick(_welford_sequential, sequential)
 shifted = Yardstick(_shifted, pairwise)

@@ -1,0 +1,5 @@
+"""The CUDA driver's errors."""
+
+
+class CUDADriverError(RuntimeError):
+    pass

@@ -374,14 +374,31 @@ def test_on_a_gpu_gemm_keeps_subnormal_numbers(tmp_path: Path) -> None:
 # --- what is missing --------------------------------------------------------------------------------
 
 
-def test_without_cupy_the_reason_names_the_command_that_installs_it(
+@pytest.mark.parametrize(("driver", "extra"), [(13010, "cuda13"), (12040, "cuda12")])
+def test_without_cupy_the_reason_names_the_command_that_installs_it_for_the_driver(
+    module: Any, monkeypatch: pytest.MonkeyPatch, driver: int, extra: str
+) -> None:
+    class Library:
+        @staticmethod
+        def cuDriverGetVersion(version: Any) -> None:  # noqa: N802 - CUDA's name
+            version._obj.value = driver
+
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: Library())
+    expected = f"CuPy is not installed in this environment (pip install 'bnaudit[{extra}]')"
+    assert {module.unavailable(name) for name in BACKENDS} == {expected}
+    assert module.describe() == {"devices": [], "flags": {}}
+
+
+def test_without_cupy_and_without_a_driver_it_is_the_driver_that_is_missing(
     module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def refuse(name: str) -> None:
+        raise OSError(name)
+
     monkeypatch.setitem(sys.modules, "cupy", None)
-    reasons = {module.unavailable(name) for name in BACKENDS}
-    (reason,) = reasons
-    assert reason.startswith("CuPy is not installed in this environment (pip install 'bnaudit[cuda")
-    assert module.describe() == {"devices": [], "flags": {}}
+    monkeypatch.setattr(module.ctypes, "CDLL", refuse)
+    assert module.unavailable("gemm@cuda") == "no GPU: there is no NVIDIA driver"
 
 
 @pytest.mark.parametrize(

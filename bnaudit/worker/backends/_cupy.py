@@ -37,7 +37,7 @@ from .. import layout
 from ._numpy import empty_batch, update_running
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from typing import Any
 
     from ..rounding import Array
@@ -62,21 +62,27 @@ def unavailable(name: str) -> str | None:
     except ModuleNotFoundError as error:
         if error.name != "cupy":
             return "CuPy cannot be imported: %s" % error
-        return "CuPy is not installed in this environment (%s)" % _command()
+        return _missing()
     except ImportError as error:  # a shared library is missing or broken; CuPy wraps the message
         return "CuPy cannot be imported: %s" % (error.__cause__ or error)
     return _no_gpu() or _no_toolkit(name) or (_no_tf32() if "tf32" in name else None)
 
 
-def _command() -> str:
-    """The command that installs a CuPy for this machine's driver."""
+def _missing() -> str:
+    """Why there is no CuPy, or why there need not be one; with the command for this machine's driver."""
     try:
         libcuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return "pip install 'bnaudit[cuda13]', or 'bnaudit[cuda12]' where the driver is older"
+        return "no GPU: there is no NVIDIA driver"
     version = ctypes.c_int()
     libcuda.cuDriverGetVersion(ctypes.byref(version))
-    return "pip install 'bnaudit[cuda%d]'" % (13 if version.value >= 13000 else 12)
+    command = _command(version.value)
+    return "CuPy is not installed in this environment (%s)" % command
+
+
+def _command(driver: int) -> str:
+    """The command that installs a CuPy for a driver, whose version is 13000 for CUDA 13.0."""
+    return "pip install 'bnaudit[cuda%d]'" % (13 if driver >= 13000 else 12)
 
 
 def _no_gpu() -> str | None:
@@ -90,7 +96,7 @@ def _no_gpu() -> str | None:
         return "no GPU: there is no NVIDIA driver"
     if driver // 1000 < cuda // 1000:
         text = "the NVIDIA driver is one for CUDA %s, and CuPy %s is built for CUDA %s (%s)"
-        return text % (_version(driver), cupy.__version__, _version(cuda), _command())
+        return text % (_version(driver), cupy.__version__, _version(cuda), _command(driver))
     try:
         runtime.getDeviceCount()
     except runtime.CUDARuntimeError as error:
@@ -190,6 +196,27 @@ def to_host(array: Device) -> Array:
     return host
 
 
+def compiled(
+    source: str, filename: str, instances: Mapping[str, str], options: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Kernels by name, from the expressions that instantiate them, such as "normalize<float, float>".
+
+    Not by cupy.RawModule, which appends -ftz=true to the options that it is given.
+    """
+    from cupy._core import core
+    from cupy.cuda import compiler, function
+
+    binary, symbols = compiler.compile_using_nvrtc(
+        source,
+        core.assemble_cupy_compiler_options(options),  # and where CUDA's headers are
+        filename=filename,
+        name_expressions=tuple(instances.values()),
+    )
+    module = function.Module()
+    module.load(binary)
+    return {name: module.get_function(symbols[instance]) for name, instance in instances.items()}
+
+
 @contextlib.contextmanager
 def checked() -> Iterator[None]:
     """Raises what goes wrong on the device until the end of the block; NotImplementedError for no memory."""
@@ -234,21 +261,10 @@ CAFFE_THREADS = 512
 
 @functools.lru_cache(maxsize=None)
 def _caffe_kernels(dtype: str) -> dict[str, Any]:
-    """The kernels by name, for float32 or float64.
-
-    Not by CuPy's own ElementwiseKernel or RawModule, which have subnormal numbers flushed to zero.
-    """
-    from cupy.cuda import compiler, function
-
+    """The kernels by name, for float32 or float64."""
     kind = {"float32": "float", "float64": "double"}[dtype]
     names = re.findall(r"^ELEMENTWISE\((\w+)", CAFFE_KERNELS, re.MULTILINE)
-    instances = tuple("%s<%s>" % (name, kind) for name in names)
-    binary, symbols = compiler.compile_using_nvrtc(
-        CAFFE_KERNELS, filename="caffe.cu", name_expressions=instances
-    )
-    module = function.Module()
-    module.load(binary)
-    return {name: module.get_function(symbols["%s<%s>" % (name, kind)]) for name in names}
+    return compiled(CAFFE_KERNELS, "caffe.cu", {name: "%s<%s>" % (name, kind) for name in names})
 
 
 def _apply(kernel: str, x: Device, *others: Any) -> Device:

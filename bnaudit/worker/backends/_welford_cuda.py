@@ -57,27 +57,12 @@ def unavailable(name: str) -> str | None:
 
 @functools.lru_cache(maxsize=None)
 def _kernels(dtype: str) -> dict[str, Callable[..., None]]:
-    """The kernels for x stored in a NumPy dtype, compiled in half a second.
-
-    Not by cupy.RawModule, which appends -ftz=true to the options that it is given.
-    """
-    from cupy._core import core
-    from cupy.cuda import compiler, function
-
+    """The kernels for x stored in a NumPy dtype, compiled in half a second."""
     element, real = TYPES[dtype]
     instances = {name: "%s<%s, %s>" % (name, element, real) for name in OF_ELEMENTS}
     instances.update((name, "%s<%s>" % (name, real)) for name in OF_CHANNELS)
     with open(SOURCE, encoding="utf-8") as file:
-        source = file.read()
-    binary, symbols = compiler.compile_using_nvrtc(
-        source,
-        core.assemble_cupy_compiler_options(OPTIONS),  # and where CUDA's headers are
-        filename="batchnorm.cu",
-        name_expressions=tuple(instances.values()),
-    )
-    module = function.Module()
-    module.load(binary)
-    return {name: module.get_function(symbols[instance]) for name, instance in instances.items()}
+        return _cupy.compiled(file.read(), "batchnorm.cu", instances, OPTIONS)
 
 
 def _placed(tensor: Device) -> tuple[Device, Array]:

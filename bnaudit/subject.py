@@ -32,7 +32,8 @@ from bnaudit.measure import Declarations
 from bnaudit.scenario import Case
 from bnaudit.worker import plugin
 from bnaudit.worker.backends import BACKENDS
-from bnaudit.worker.execution import IN_FULL, MAPPED, PER_CHANNEL, RUNNING
+from bnaudit.worker.execution import IN_FULL, MAPPED, QUANTITIES
+from bnaudit.worker.poison import TUNABLES
 from bnaudit.worker.rounding import storage
 
 START_LIMIT = 300.0
@@ -95,19 +96,20 @@ class Reply:
         outputs: read-only arrays by quantity: y and grad_input in the storage of the case's dtype, the
             others (C,) in float32 or float64. Large ones are mapped files that are deleted already: their
             memory is free once nothing refers to them.
-        output_dtypes: name of each output's dtype, such as "bfloat16".
         kernel: what ran, in the backend's words.
         seconds: inside the backend, all steps together.
+        not_repeatable: where a second call of the last step gave other bits, in words; None where it gave
+            the same, or was not made.
     """
 
     outcome: str
     reason: str | None = None
     detail: str | None = None
     outputs: Mapping[str, Array] = field(default_factory=dict)
-    output_dtypes: Mapping[str, str] = field(default_factory=dict)
     kernel: str | None = None
     seconds: float | None = None
     declarations: Declarations = field(default_factory=Declarations)
+    not_repeatable: str | None = None
 
 
 class _Failure(Exception):  # noqa: N818 - what happened to a request
@@ -143,7 +145,7 @@ class Subject:
         """threads: for every backend. timeout: seconds for a run, its first FIRST_CALL times as many."""
         self.name = name
         self._python = python
-        self._threads = threads
+        self.threads = threads
         self._timeout = timeout
         self._scratch = scratch
         self._folder = str(Path.cwd())
@@ -185,10 +187,11 @@ class Subject:
         Devices and flags are those of the libraries whose backends were described before.
         """
         found: dict[str, Any] = {}
-        libraries = {backend.library for backend in BACKENDS.values()}
-        for library in ["numpy", *sorted(libraries & set(self._workers) - {"numpy"})]:
+        for key in ["numpy", *sorted(self._workers.keys() - {"numpy"})]:
+            # A plug-in's tensors, if they are not NumPy's, are torch's.
+            library = "torch" if plugin.is_plugin(key) else key
             try:
-                with self._worker(library) as worker:
+                with self._worker(key) as worker:
                     request = {"op": "environment", "library": library}
                     answer = worker.request(request, START_LIMIT)
             except _Failure as failure:
@@ -197,7 +200,7 @@ class Subject:
                 raise SubjectError(f"{self._python}: {answer['reason']}")
             part = answer["environment"]
             found = found or part
-            found["devices"] = found["devices"] + part["devices"]
+            found["devices"] += [d for d in part["devices"] if d not in found["devices"]]
             found["flags"] = {**found["flags"], **part["flags"]}
         return {"name": self.name, **found}
 
@@ -223,9 +226,12 @@ class Subject:
                     "case": {name: getattr(case, name) for name in CASE_FIELDS},
                     "inputs": {"sha256": inputs.sha256, "files": dict(inputs.files)},
                 }
-                return worker.reply(worker.request(request, limit), case)
+                reply = worker.reply(worker.request(request, limit), case)
         except _Failure as failure:
             return Reply(failure.outcome, failure.reason, failure.detail)
+        if reply.outcome == "crash" and backend.endswith("@cuda"):
+            self._stop(key)  # after an error of a kernel, a process cannot use the GPU any more
+        return reply
 
     def _load(self, key: str, names: Sequence[str]) -> dict[str, str | None]:
         """Loads backends of one worker. Those that kill it are available: running them shows what they do."""
@@ -249,7 +255,8 @@ class Subject:
         try:
             if worker is None or worker.has_exited():
                 self._stop(key)
-                worker = self._workers[key] = _Worker(self._python, self._threads, self._scratch)
+                environment = _environment(self.threads, plugin.is_plugin(key))
+                worker = self._workers[key] = _Worker(self._python, environment, self._scratch)
                 worker.greet()
             yield worker
         except BaseException:
@@ -272,7 +279,7 @@ def _worker_key(backend: str) -> str:
 class _Worker:
     """One process, with the auditor's ends of its pipes."""
 
-    def __init__(self, python: str, threads: int, scratch: Path) -> None:
+    def __init__(self, python: str, environment: Mapping[str, str], scratch: Path) -> None:
         self._count = 0
         self._pending = b""
         self._stderr = b""
@@ -286,7 +293,7 @@ class _Worker:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 cwd=scratch,
-                env=_environment(threads),
+                env=environment,
                 start_new_session=True,
             )
         except OSError as error:
@@ -338,18 +345,19 @@ class _Worker:
             outcome = OUTCOMES[answer["outcome"]]
             if outcome != "done":
                 return Reply(outcome, answer["reason"], answer["traceback"])
-            outputs, dtypes = {}, {}
-            for name, entry in answer["outputs"].items():
-                outputs[name] = self._read_output(name, case)
-                dtypes[name] = str(entry["dtype"])
-            declarations = Declarations(**answer["declarations"])
-            kernel, seconds = answer["kernel"], float(answer["seconds"])
-            return Reply("done", None, None, outputs, dtypes, kernel, seconds, declarations)
+            return Reply(
+                "done",
+                outputs={name: self._read_output(name, case) for name in answer["outputs"]},
+                kernel=answer["kernel"],
+                seconds=float(answer["seconds"]),
+                declarations=Declarations(**answer["declarations"]),
+                not_repeatable=answer["not_repeatable"],
+            )
         except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
             raise self._garbage(f"{type(error).__name__}: {error}") from error
 
     def _read_output(self, name: str, case: Case) -> Array:
-        if name not in (*IN_FULL, *PER_CHANNEL, *RUNNING):
+        if name not in QUANTITIES:
             raise ValueError(f"{name!r} is no quantity")
         path = self._outputs / f"{name}.npy"
         large = path.stat().st_size >= MAPPED
@@ -474,9 +482,15 @@ def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
     return stream
 
 
-def _environment(threads: int) -> dict[str, str]:
-    """The auditor's environment, with the number of threads of every library that could run some."""
+def _environment(threads: int, poisoned: bool) -> dict[str, str]:
+    """The auditor's environment, with the number of threads of every library that could run some.
+
+    poisoned: for a worker in which the memory of small blocks, too, must hold NaN.
+    """
     environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
+    if poisoned:
+        tunables = (os.environ.get("GLIBC_TUNABLES"), TUNABLES)
+        environment["GLIBC_TUNABLES"] = ":".join(filter(None, tunables))
     # Inductor would otherwise start a pool of processes that compile.
     environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     paths = os.environ.get("PYTHONPATH")

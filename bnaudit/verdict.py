@@ -14,6 +14,9 @@ from bnaudit.scenario import Case
 RUN_STATUSES = ("pass", "warn", "fail")
 """From best to worst, for results that were measured."""
 
+NOT_REPEATABLE = "not repeatable: "
+"""Begins what the reason says of a second call that gave other bits."""
+
 LABELS = ("exact", "stable", "degraded", "broken")
 """From best to worst."""
 
@@ -35,6 +38,7 @@ CAUSES = {
     "BN004": "overflow or underflow",
     "BN005": "non-finite output",
     "BN006": "running-statistics semantics",
+    "BN008": "not reproducible",
 }
 
 
@@ -66,8 +70,16 @@ class Verdict:
     quantities: dict[str, Judged]
 
 
-def judge(case: Case, measurements: Mapping[str, Measurement], facts: Reference) -> Verdict:
-    """Judges every measured quantity; the result is as bad as its worst quantity."""
+def judge(
+    case: Case,
+    measurements: Mapping[str, Measurement],
+    facts: Reference,
+    not_repeatable: str | None = None,
+) -> Verdict:
+    """Judges every measured quantity; the result is as bad as its worst quantity.
+
+    not_repeatable: where a second call gave other bits, in words. Such a result is a warn at least.
+    """
     judged = {
         name: _judge_quantity(measurement, case.thresholds.get(name, {}), facts, name)
         for name, measurement in measurements.items()
@@ -85,7 +97,12 @@ def judge(case: Case, measurements: Mapping[str, Measurement], facts: Reference)
         label = max(label or worst.label, worst.label, key=LABELS.index)
     reason = None if worst.reason is None else f"{name}: {worst.reason}"
     cause = _cause(measurements, judged, facts) if worst.status == "fail" else None
-    return Verdict(worst.status, label, reason, cause, judged)
+    status = worst.status
+    if not_repeatable is not None:
+        status = max(status, "warn", key=RUN_STATUSES.index)
+        reason = "; ".join(filter(None, (reason, f"{NOT_REPEATABLE}{not_repeatable}")))
+        cause = cause or f"BN008 {CAUSES['BN008']}"
+    return Verdict(status, label, reason, cause, judged)
 
 
 def _judge_quantity(

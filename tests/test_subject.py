@@ -321,7 +321,6 @@ def test_tensors_arrive_bit_for_bit_in_the_memory_format(
     }[memory_format]
     item = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[dtype]
     assert reply.kernel == f"0.1 {dtype} {tuple(item * stride for stride in strides)}"
-    assert reply.output_dtypes["y"] == dtype
 
 
 def test_an_empty_batch_passes_through(subject: Subject, tmp_path: Path) -> None:
@@ -403,8 +402,8 @@ def test_a_worker_gets_the_threads_and_absolute_paths(
         ("nope@cpu", "there is no backend nope@cpu"),
         ("no/such/file.py:batch_norm", "no/such/file.py"),
         (hostile("absent"), "hostile.py has no function named absent"),
-        (hostile("_MuteError"), "is not a function"),
-        (hostile("segfault@cuda"), "a NumPy plug-in runs on the cpu, not on cuda"),
+        (hostile("_MuteError"), "is a class, but no torch.nn.Module"),
+        (hostile("segfault@cuda"), "takes NumPy arrays, which are on the cpu"),
         ("no.such.package:batch_norm", "no.such.package cannot be imported"),
     ],
 )
@@ -424,7 +423,12 @@ def test_a_backend_that_is_not_there_is_unavailable(
         ("def batch_norm(:", "crash", "SyntaxError"),
         ("import sys; sys.exit('bye')", "crash", "SystemExit: bye"),
         ("import os; os._exit(5)", "crash", "exited with code 5"),
-        ("def batch_norm(): pass\nbatch_norm.tensors = 'torch'", "unavailable", "'torch' tensors"),
+        ("def batch_norm(x): pass", "contract", "cannot be called with (x, weight, bias, runn"),
+        (
+            "def batch_norm(*a, **o): pass\nbatch_norm.tensors = 'jax'",
+            "unavailable",
+            "asks for 'jax' tensors; there are 'numpy' (the default) and 'torch'",
+        ),
     ],
 )
 def test_a_plugin_that_does_not_load_says_why(
@@ -493,6 +497,16 @@ def test_importing_the_auditors_side_imports_no_framework() -> None:
     # The check itself can fail: the assertion sees a module that is there.
     broken = code.replace("bnaudit.subject;", "bnaudit.subject; sys.modules['torch'] = sys;")
     assert subprocess.run([sys.executable, "-c", broken], capture_output=True).returncode == 1
+
+
+def test_a_plug_in_that_gives_other_bits_the_second_time_is_told_of(
+    subject: Subject, small: tuple[Case, Inputs]
+) -> None:
+    reply = subject.run(hostile("drifts"), *small)
+    assert reply.outcome == "done"
+    assert reply.not_repeatable == "y[1,2,3,4] was 1.0, then 2.0"
+    assert reply.outputs["y"][1, 2, 3, 4] == 1
+    assert subject.run(GOOD, *small).not_repeatable is None
 
 
 def test_a_reply_is_empty_until_it_says_otherwise() -> None:

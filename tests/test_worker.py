@@ -18,8 +18,9 @@ from correct import prepare
 from bnaudit import worker
 from bnaudit.inputs import Inputs
 from bnaudit.scenario import Case
-from bnaudit.worker import environment, execution, layout, plugin
-from bnaudit.worker.backends import BACKENDS
+from bnaudit.subject import CASE_FIELDS
+from bnaudit.worker import environment, execution, layout, plugin, protocol
+from bnaudit.worker.backends import BACKENDS, _torch
 from bnaudit.worker.execution import Execution, Implementation, NoResult, Tensors, run
 from bnaudit.worker.rounding import widen
 
@@ -31,8 +32,7 @@ TEXT = "input: {distribution: normal, mean: 3}\nshape: [2, 3, 4, 5]\n"
 
 
 def execute(case: Case, inputs: Inputs, function: Callable[..., Any], form: str) -> Execution:
-    fields = ("dtype", "param_dtype", "mode", "memory_format", "eps", "momentum", "steps")
-    request = {name: getattr(case, name) for name in fields}
+    request = {name: getattr(case, name) for name in CASE_FIELDS}
     return run(Implementation(function, form), request, Tensors(request, inputs.files, form))
 
 
@@ -99,8 +99,8 @@ def test_a_widened_function_gets_exact_values_and_is_rounded_once(
         return {"y": np.full(x.shape, tie), "running_mean": running}
 
     outputs = execute(case, inputs, function, "widened").outputs
-    stored, name = outputs["y"]
-    assert (stored.dtype, name) == (inputs.x.dtype, dtype)
+    stored = outputs["y"]
+    assert stored.dtype == inputs.x.dtype
     expected = {
         "float16": 1 + 2.0**-8,
         "bfloat16": 1.0078125,
@@ -108,7 +108,7 @@ def test_a_widened_function_gets_exact_values_and_is_rounded_once(
         "float64": tie,
     }
     np.testing.assert_array_equal(widen(stored, dtype), np.full(case.shape, expected[dtype], wide))
-    assert outputs["running_mean"][0].dtype == np.float64
+    assert outputs["running_mean"].dtype == np.float64
 
 
 def test_a_stored_function_gets_bfloat16_as_bits_and_returns_bits(tmp_path: Path) -> None:
@@ -119,8 +119,8 @@ def test_a_stored_function_gets_bfloat16_as_bits_and_returns_bits(tmp_path: Path
         return {"y": x, "batch_mean": weight}
 
     outputs = execute(case, inputs, function, "stored").outputs
-    np.testing.assert_array_equal(outputs["y"][0], inputs.x[0])
-    np.testing.assert_array_equal(outputs["batch_mean"][0], np.ones(3, np.float32))
+    np.testing.assert_array_equal(outputs["y"], inputs.x[0])
+    np.testing.assert_array_equal(outputs["batch_mean"], np.ones(3, np.float32))
 
 
 def test_running_statistics_are_handed_on_in_the_dtype_of_the_parameters(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_running_statistics_are_handed_on_in_the_dtype_of_the_parameters(tmp_pat
     second = np.float16(float(third) + 1 / 3)
     half = np.dtype(np.float16)
     assert seen == [(half, 0), (half, third), (half, second)]
-    assert outputs["running_mean"][0][0] == float(second) + 1 / 3
+    assert outputs["running_mean"][0] == float(second) + 1 / 3
     assert "running_var" not in outputs
 
 
@@ -251,15 +251,95 @@ def test_every_backend_of_the_table_is_where_it_says(name: str) -> None:
 
 def test_the_default_backends_are_the_documented_ones() -> None:
     default = {name for name, backend in BACKENDS.items() if backend.default}
-    assert default == {"torch@cpu", "torch@cuda", "gemm@cpu", "welford@cpu"}
+    specimens = {f"{name}@{device}" for name in ("gemm", "welford") for device in ("cpu", "cuda")}
+    assert default == {"torch@cpu", "torch@cuda", *specimens}
+
+
+def test_a_repeated_function_is_called_once_more_with_what_the_last_step_was_given(
+    tmp_path: Path,
+) -> None:
+    case, inputs = prepare(tmp_path, TEXT + "steps: 3\nmomentum: null\n")
+    calls = []
+
+    def function(
+        x: Array, weight: Array, bias: Array, mean: Array, var: Array, **options: Any
+    ) -> dict[str, Array]:
+        calls.append((x.tobytes(), mean.copy(), options["momentum"]))
+        mean += 1
+        return {"y": x.copy(), "running_var": var * 2}
+
+    request = {name: getattr(case, name) for name in CASE_FIELDS}
+    for repeated in (False, True):
+        calls.clear()
+        tensors = Tensors(request, inputs.files, "numpy")
+        done = run(Implementation(function, "numpy", repeated), request, tensors)
+        steps = [0, 1, 2, 2] if repeated else [0, 1, 2]
+        assert [x for x, _, _ in calls] == [inputs.x[step].tobytes() for step in steps]
+        assert [float(mean[0]) for _, mean, _ in calls] == steps
+        assert [momentum for _, _, momentum in calls] == [1 / (step + 1) for step in steps]
+        np.testing.assert_array_equal(done.outputs["running_mean"], np.full(3, 3, np.float32))
+        np.testing.assert_array_equal(done.outputs["running_var"], np.full(3, 8, np.float32))
+        assert done.not_repeatable is None
+
+
+@pytest.mark.parametrize(
+    ("second", "outcome", "reason"),
+    [
+        (NotImplementedError("no"), "unsupported", "no (when called again with the same tensors)"),
+        (ValueError("no"), "raised", "ValueError: no (when called again with the same tensors)"),
+        (None, "contract", "no y was returned (when called again with the same tensors)"),
+    ],
+)
+def test_a_second_call_that_ends_otherwise_ends_the_case_so(
+    tmp_path: Path, second: Exception | None, outcome: str, reason: str
+) -> None:
+    case, inputs = prepare(tmp_path, TEXT)
+    calls = []
+
+    def function(x: Array, *arguments: Any, **options: Any) -> Array | None:
+        calls.append(x)
+        if len(calls) == 1:
+            return np.array(x)
+        if second is not None:
+            raise second
+        return None
+
+    request = {name: getattr(case, name) for name in CASE_FIELDS}
+    tensors = Tensors(request, inputs.files, "numpy")
+    with pytest.raises(NoResult) as caught:
+        run(Implementation(function, "numpy", repeated=True), request, tensors)
+    assert (caught.value.outcome, caught.value.reason) == (outcome, reason)
+
+
+def test_plug_ins_and_built_in_backends_on_a_gpu_are_repeated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plugin, "poison_malloc", lambda: None)
+    monkeypatch.setattr(_torch, "unavailable", lambda name: None)
+    mine = f"{Path(__file__).parent / 'plugins' / 'float64_statistics.py'}:batch_norm"
+    for name, repeated, poisoned in (
+        ("welford@cpu", False, False),
+        ("torch@cpu", False, False),
+        ("torch@cuda", True, False),
+        (mine, True, True),
+    ):
+        implementation = protocol._implementation(name, "/")
+        assert (implementation.repeated, implementation.poisoned) == (repeated, poisoned), name
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_the_worker_is_python_3_7_and_imports_only_what_it_may(path: Path) -> None:
     tree = ast.parse(path.read_text(), feature_version=(3, 7))
     allowed = {*sys.stdlib_module_names, "numpy", "ml_dtypes", "numba", "llvmlite"}
-    if path.name == "_torch.py":
-        allowed.add("torch")
+    frameworks = {
+        "_torch.py": {"torch"},
+        "_torch_sync.py": {"torch"},
+        "torch_plugin.py": {"torch"},
+        "poison.py": {"torch"},
+        "_cupy.py": {"cupy", "cupy_backends"},
+        "_welford_cuda.py": {"cupy", "cupy_backends"},
+    }
+    allowed |= frameworks.get(path.name, set())
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= allowed

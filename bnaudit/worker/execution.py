@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import sys
 import time
 import traceback
 from functools import partial
@@ -10,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .layout import bits, changed_gap, first_change, lay_out
+from .layout import BLOCK, bits, changed_gap, first_change, lay_out
+from .poison import poison_numpy
 from .rounding import round_to, statistics_dtype, storage, widen
 
 if TYPE_CHECKING:
@@ -24,6 +27,14 @@ if TYPE_CHECKING:
 IN_FULL = ("y", "grad_input")
 PER_CHANNEL = ("batch_mean", "batch_var", "invstd", "grad_weight", "grad_bias")
 RUNNING = ("running_mean", "running_var")
+QUANTITIES = (*IN_FULL, *PER_CHANNEL, *RUNNING)
+
+ALIKE = 0.8
+"""Keys of a result that resemble a quantity's name this much are taken for a slip of the pen."""
+
+ASKING = 'a function gets torch tensors if its attribute tensors is "torch"'
+
+AGAIN = " (when called again with the same tensors)"
 
 MAPPED = 1 << 20
 """Files from this many bytes on are mapped instead of read."""
@@ -51,23 +62,28 @@ class Implementation(NamedTuple):
     """A backend ready to be called.
 
     form: how 16-bit tensors are handed over. "stored": as in the files, bfloat16 as uint16. "widened": as
-    float32. "numpy": bfloat16 as ml_dtypes.bfloat16.
+    float32. "numpy": bfloat16 as ml_dtypes.bfloat16. repeated: the last step is called twice, and must
+    give the same bits. poisoned: what NumPy hands out next holds NaN when it is called.
     """
 
     function: Callable[..., Any]
     form: str
+    repeated: bool = False
+    poisoned: bool = False
 
 
 class Execution(NamedTuple):
     """What a backend did with a case.
 
-    outputs: arrays, each with its dtype's name; y and grad_input as stored, per-channel quantities in
-    float32 or float64. seconds: inside the backend, all steps together.
+    outputs: arrays; y and grad_input as stored, per-channel quantities in float32 or float64. seconds:
+    inside the backend, all steps together, each once. not_repeatable: where the last step, called again
+    with the same tensors, gave other bits, in words.
     """
 
-    outputs: dict[str, tuple[Array, str]]
+    outputs: dict[str, Array]
     kernel: str | None
     seconds: float
+    not_repeatable: str | None = None
 
 
 def printable(text: str) -> str:
@@ -214,62 +230,180 @@ class Tensors:
 
 def _array(name: str, value: Any, shape: tuple[int, ...]) -> Array:
     if not isinstance(value, np.ndarray):
-        kind = type(value).__name__
-        raise NoResult("contract", "%s is of type %s, not a NumPy array" % (name, kind))
+        raise wrong_type(name, value, "NumPy array")
     if value.shape != shape:
         raise NoResult("contract", "%s has shape %s, not %s" % (name, value.shape, shape))
     return np.asarray(value)
 
 
+def wrong_type(name: str, value: Any, wanted: str) -> NoResult:
+    """The fault of a returned quantity that is no `wanted` at all."""
+    text = "%s is of type %s, not a %s" % (name, type(value).__name__, wanted)
+    if isinstance(value, (tuple, list)):
+        text += "; more than y is returned as a dict"
+    elif type(value).__name__ == "Tensor":
+        text += "; " + ASKING
+    return NoResult("contract", text)
+
+
 def run(implementation: Implementation, case: Mapping[str, Any], tensors: Tensors) -> Execution:
     """Calls the backend once per step, with the running statistics it left; the last step's outputs count.
 
-    Running statistics that a training step neither returns nor changes in place are not among the outputs;
-    in inference they always are. Raises NoResult.
+    A repeated backend is called once more on the last step, with the same running statistics as before;
+    only the bits of what that returns count. Running statistics that a training step neither returns nor
+    changes in place are not among the outputs; in inference they always are. Raises NoResult.
     """
-    function = implementation.function
-    training = case["mode"] == "training"
     running = {name: tensors.given(name, 0) for name in RUNNING}
     left: dict[str, Array] = {}
-    returned: dict[Any, Any] = {}
+    last = case["steps"] - 1
     seconds = 0.0
-    for step in range(case["steps"]):
-        lent = {name: array.copy() for name, array in running.items()}
-        options = {"training": training, "eps": case["eps"], "momentum": case["momentum"]}
-        if getattr(function, "counts_steps", False):
-            options["step"] = step + 1
-        elif case["momentum"] is None:
-            options["momentum"] = 1.0 / (step + 1)
-        arguments = [tensors.get(name, step) for name in ("x", "weight", "bias")]
-        arguments += [lent[name] for name in RUNNING]
-        options["grad_output"] = tensors.get("grad_output", step)
-        start = time.perf_counter()
-        value = _call(function, arguments, options)
-        seconds += time.perf_counter() - start
-        tensors.check(step)
+    for step in range(last):
+        done = _step(implementation, case, tensors, step, running)
         tensors.forget(step)
-        returned = value if isinstance(value, dict) else {"y": value}
-        for name in RUNNING:
-            after = returned.get(name)
-            if after is None and (not training or _differ(lent[name], running[name])):
-                after = lent[name]
-            if after is not None:
-                left[name] = tensors.take_back_channels(name, after)
-                running[name] = tensors.hand_over(
-                    round_to(left[name], tensors.param_dtype), tensors.param_dtype
-                )
-    kernel = returned.get("kernel")
-    outputs = {name: (array, array.dtype.name) for name, array in left.items()}
-    outputs.update(_outputs(tensors, returned))
-    return Execution(outputs, printable(kernel) if isinstance(kernel, str) else None, seconds)
+        seconds += done.seconds
+        left.update(done.left)
+        running.update(
+            (name, tensors.hand_over(round_to(array, tensors.param_dtype), tensors.param_dtype))
+            for name, array in done.left.items()
+        )
+    done = _step(implementation, case, tensors, last, running)
+    seconds += done.seconds
+    outputs = {**left, **done.left, **_outputs(tensors, done.returned)}
+    kernel = done.returned.get("kernel")
+    not_repeatable = None
+    if implementation.repeated:
+        # Copied, because a backend may return the same memory again.
+        outputs = {name: array.copy() for name, array in outputs.items()}
+        del done
+        again = {**left, **_again(implementation, case, tensors, last, running)}
+        not_repeatable = difference(outputs, again, tensors.dtype)
+    tensors.forget(last)
+    text = printable(kernel) if isinstance(kernel, str) else None
+    return Execution(outputs, text, seconds, not_repeatable)
+
+
+class _Step(NamedTuple):
+    """What one call did: its result as a dict, the running statistics it left, and its duration."""
+
+    returned: dict[Any, Any]
+    left: dict[str, Array]
+    seconds: float
+
+
+def _step(
+    implementation: Implementation,
+    case: Mapping[str, Any],
+    tensors: Tensors,
+    step: int,
+    running: Mapping[str, Array],
+) -> _Step:
+    """One call; step counts from 0."""
+    function = implementation.function
+    training = case["mode"] == "training"
+    lent = {name: array.copy() for name, array in running.items()}
+    options = {"training": training, "eps": case["eps"], "momentum": case["momentum"]}
+    if getattr(function, "counts_steps", False):
+        options["step"] = step + 1
+    elif case["momentum"] is None:
+        options["momentum"] = 1.0 / (step + 1)
+    arguments = [tensors.get(name, step) for name in ("x", "weight", "bias")]
+    arguments += [lent[name] for name in RUNNING]
+    options["grad_output"] = tensors.get("grad_output", step)
+    if implementation.poisoned:
+        poison_numpy()
+    start = time.perf_counter()
+    value = _call(implementation, arguments, options)
+    seconds = time.perf_counter() - start
+    tensors.check(step)
+    returned = value if isinstance(value, dict) else {"y": value}
+    left = {}
+    for name in RUNNING:
+        after = returned.get(name)
+        if after is None and (not training or _differ(lent[name], running[name])):
+            after = lent[name]
+        if after is not None:
+            left[name] = tensors.take_back_channels(name, after)
+    return _Step(returned, left, seconds)
+
+
+def _again(
+    implementation: Implementation,
+    case: Mapping[str, Any],
+    tensors: Tensors,
+    step: int,
+    running: Mapping[str, Array],
+) -> dict[str, Array]:
+    """The outputs of a step that is called for the second time."""
+    try:
+        done = _step(implementation, case, tensors, step, running)
+        return dict(done.left, **_outputs(tensors, done.returned))
+    except NoResult as end:
+        raise NoResult(end.outcome, end.reason + AGAIN, end.trace) from end
 
 
 def _differ(a: Array, b: Array) -> bool:
     return not np.array_equal(bits(a), bits(b))
 
 
-def _outputs(tensors: Tensors, returned: dict[Any, Any]) -> dict[str, tuple[Array, str]]:
+def difference(first: Mapping[str, Array], second: Mapping[str, Array], dtype: str) -> str | None:
+    """Where two results have other bits, in words, or None; a NaN is a NaN.
+
+    dtype: that of y and grad_input.
+    """
+    text, also = "", []
+    for name in QUANTITIES:
+        if name not in first and name not in second:
+            continue
+        if name not in first or name not in second:
+            found = "%s was %s" % (
+                name,
+                "returned, then not" if name in first else "not returned, then it was",
+            )
+        else:
+            a, b = first[name], second[name]
+            stored = dtype if name in IN_FULL else a.dtype.name
+            count, place = _differing(a, b, stored)
+            if place is None:
+                continue
+            values = (
+                name,
+                ",".join(map(str, place)),
+                widen(a[place], stored),
+                widen(b[place], stored),
+            )
+            found = "%s[%s] was %s, then %s" % values
+            if count > 1:
+                found += " (and %d more)" % (count - 1)
+        if text:
+            also.append(name)
+        else:
+            text = found
+    return ", also ".join([text, *also]) or None
+
+
+def _differing(a: Array, b: Array, dtype: str) -> tuple[int, tuple[int, ...] | None]:
+    """How many elements have other bits, NaN excepted, and the index of the first of them in C order."""
+    count, place = 0, None
+    rows = max(1, BLOCK // max(1, a[:1].size))
+    for start in range(0, len(a), rows):
+        block = slice(start, start + rows)
+        differs = bits(a[block]) != bits(b[block])
+        if differs.any():
+            differs &= ~(np.isnan(widen(a[block], dtype)) & np.isnan(widen(b[block], dtype)))
+            if place is None and differs.any():
+                index = np.unravel_index(int(differs.argmax()), differs.shape)
+                place = (start + int(index[0]), *map(int, index[1:]))
+            count += int(np.count_nonzero(differs))
+    return count, place
+
+
+def _outputs(tensors: Tensors, returned: dict[Any, Any]) -> dict[str, Array]:
     """The last step's y, batch statistics and gradients; gradients only where they were asked for."""
+    for key in returned:
+        if isinstance(key, str) and key not in (*QUANTITIES, "kernel"):
+            meant = difflib.get_close_matches(key, QUANTITIES, 1, ALIKE)
+            if meant:
+                raise NoResult("contract", "%r is no quantity: %s is meant?" % (key, meant[0]))
     present = [name for name in (*IN_FULL, *PER_CHANNEL) if returned.get(name) is not None]
     if "y" not in present:
         others = ", ".join(present)
@@ -281,22 +415,27 @@ def _outputs(tensors: Tensors, returned: dict[Any, Any]) -> dict[str, tuple[Arra
         if name in ("grad_weight", "grad_bias") and "weight" not in tensors.names:
             continue
         if name in IN_FULL:
-            outputs[name] = (tensors.take_back(name, returned[name]), tensors.dtype)
+            outputs[name] = tensors.take_back(name, returned[name])
         else:
-            array = tensors.take_back_channels(name, returned[name])
-            outputs[name] = (array, array.dtype.name)
+            outputs[name] = tensors.take_back_channels(name, returned[name])
     return outputs
 
 
-def _call(function: Callable[..., Any], arguments: list[Any], options: dict[str, Any]) -> Any:
+def _call(implementation: Implementation, arguments: list[Any], options: dict[str, Any]) -> Any:
     process = os.getpid()
     try:
         with np.errstate(all="ignore"):
-            return function(*arguments, **options)
+            return implementation.function(*arguments, **options)
+    except NoResult:
+        raise
     except NotImplementedError as error:
         raise NoResult("unsupported", printable(str(error)) or "not implemented") from error
     except BaseException as error:  # SystemExit and KeyboardInterrupt are a backend's fault, too
-        raise NoResult("raised", describe(error), traced(error)) from error
+        reason = describe(error)
+        mistaken = implementation.form == "numpy" and "torch" in sys.modules
+        if mistaken and isinstance(error, (AttributeError, TypeError)):
+            reason += " (x is a NumPy array; %s)" % ASKING
+        raise NoResult("raised", reason, traced(error)) from error
     finally:
         if os.getpid() != process:
             os._exit(0)  # the backend forked, and this is the copy

@@ -21,15 +21,19 @@ contract stands in `plugin`. `folder` is where a plug-in's file or module is loo
     {"id": 3, "op": "run", "backend": NAME, "folder": PATH, "outputs": PATH,
      "case": {"dtype", "param_dtype", "mode", "memory_format", "eps", "momentum", "steps"},
      "inputs": {"sha256": DIGEST, "files": {"x": PATH, …}}}
-    {"id": 3, "outcome": "done", "kernel": TEXT or null, "seconds": S,
-     "outputs": {"y": {"path": PATH, "dtype": "bfloat16"}, …},
-     "declarations": {"running_var_correction": 1, "running_update": "ema"}}
+    {"id": 3, "outcome": "done", "kernel": TEXT or null, "seconds": S, "outputs": ["y", …],
+     "not_repeatable": TEXT or null, "declarations": {"running_var_correction": 1, "running_update": "ema"}}
 
 Inputs are C-order .npy files: x and grad_output (steps, N, C, *), weight, bias, running_mean and running_var
 (C,); a case without affine parameters or gradients has no such file. bfloat16 travels as its bits in uint16.
-Files with the same names and digest hold the same values. Outputs are C-order .npy files in the folder
-`outputs`: y and grad_input in the case's dtype, per-channel quantities in float32 or float64. A file that is
-there already is replaced; nothing else is kept in it.
+Files with the same names and digest hold the same values. An output is the C-order file NAME.npy in the
+folder `outputs`: y and grad_input in the case's dtype, per-channel quantities in float32 or float64. A file
+that is there already is replaced; nothing else is kept in it.
+
+A plug-in, and a built-in backend on a GPU, is called twice on a case's last step, with the same tensors:
+`not_repeatable` is null if it gave the same bits twice, or else says where not. Outputs and seconds are those
+of the first call. Memory that is allocated during a plug-in's calls holds NaN; small blocks only do so if the
+worker was started with GLIBC_TUNABLES as in `poison.TUNABLES`.
 
 Every request is answered, and a request without a result by
 
@@ -147,7 +151,7 @@ class Worker:
         if name not in self._loaded:
             try:
                 self._loaded[name] = _implementation(name, folder)
-            except plugin.Unavailable:
+            except (plugin.Unavailable, NoResult):
                 raise
             except BaseException as error:  # a module that calls sys.exit is broken, too
                 raise NoResult("raised", describe(error), traced(error)) from error
@@ -165,31 +169,31 @@ class Worker:
         execution = run(implementation, case, tensors)
         if not tensors.kept:
             self._tensors = None
-        outputs = {}
-        for name, (array, dtype) in execution.outputs.items():
+        for name, array in execution.outputs.items():
             path = os.path.join(request["outputs"], name + ".npy")
             # np.save by itself writes another memory format several times more slowly.
             np.save(path, np.ascontiguousarray(array), allow_pickle=False)
-            outputs[name] = {"path": path, "dtype": dtype}
         return {
             "outcome": "done",
-            "outputs": outputs,
+            "outputs": list(execution.outputs),
             "kernel": execution.kernel,
             "seconds": execution.seconds,
+            "not_repeatable": execution.not_repeatable,
             "declarations": declarations,
         }
 
 
 def _implementation(name: str, folder: str) -> Implementation:
     if plugin.is_plugin(name):
-        return Implementation(plugin.load(name, folder), "numpy")
+        return plugin.load(name, folder)
     backend = BACKENDS[name]
     module = importlib.import_module("." + backend.module, __package__ + ".backends")
     reason = module.unavailable(name)
     if reason is not None:
         raise plugin.Unavailable(reason)
     function = getattr(module, backend.function)
-    return Implementation(function, "widened" if getattr(function, "widened", False) else "stored")
+    form = "widened" if getattr(function, "widened", False) else "stored"
+    return Implementation(function, form, repeated=name.endswith("@cuda"))
 
 
 def _declarations(implementation: Implementation) -> Message:

@@ -195,3 +195,10 @@ bad_declaration.running_update = "median"  # type: ignore[attr-defined]
 
 def not_a_number(x: Any, *arguments: Arguments, **options: Any) -> Any:
     return np.full_like(x, np.nan)
+
+
+def drifts(x: Any, *arguments: Arguments, **options: Any) -> Any:
+    y = np.zeros_like(x)
+    drifts.calls = getattr(drifts, "calls", 0) + 1  # type: ignore[attr-defined]
+    y[-1, -1, -1, -1] = drifts.calls  # type: ignore[attr-defined]
+    return y

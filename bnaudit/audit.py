@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bnaudit.consistency import Bench, Call, Consistency, Disagreement, examine
 from bnaudit.deviation import Measurement
 from bnaudit.inputs import Inputs, make
 from bnaudit.measure import Reference
 from bnaudit.reference import check_environment
 from bnaudit.scenario import Case, Scenario
-from bnaudit.subject import Reply, Subject
+from bnaudit.subject import Subject
 from bnaudit.verdict import Judged, judge
 from bnaudit.worker.rounding import storage
 
@@ -85,7 +86,7 @@ class Summary:
     exit_code: int
 
 
-Event = CaseFacts | Result | ControlOutcome
+Event = CaseFacts | Result | ControlOutcome | Disagreement | Consistency
 
 
 def run(
@@ -96,16 +97,20 @@ def run(
     *,
     matches: Callable[[str, str], bool] = lambda case, backend: True,
     stop_early: bool = False,
+    checks: frozenset[str] = frozenset(),
+    other: Subject | None = None,
 ) -> Iterator[Event]:
     """Runs every case on the selected backends and on its scenario's controls.
 
-    Yields each case's facts, then its results; after a scenario's last case, its controls' outcomes.
+    Yields each case's facts, then its results, the disagreement of its gated backends and what came of
+    the `checks` of consistency; after a scenario's last case, its controls' outcomes.
     A control runs on the whole of its scenario, ungated, unless it is selected anyway; `matches(case id,
-    backend)` filters the rest. stop_early: end after the first gated failure.
+    backend)` filters the rest. stop_early: end after the first gated failure. other: a subject with another
+    number of threads; `threads` among the checks needs it.
     Raises EnvironmentFaultError where no exact reference can be computed.
     """
     check_environment()
-    done: dict[tuple[str, str], _Run] = {}
+    done: dict[tuple[str, str], Call] = {}
     for scenario in scenarios:
         controls = dict.fromkeys((*scenario.controls.must_fail, *scenario.controls.must_pass))
         names = dict.fromkeys((*(backend.name for backend in selection), *controls))
@@ -120,7 +125,9 @@ def run(
             chosen = [b for b in selection if matches(case.id, b.name)]
             matched = {backend.name for backend in chosen}
             chosen += [Selected(name, gated=False) for name in controls if name not in matched]
-            for event in _run_case(case, chosen, unavailable, subject, scratch, done):
+            for event in _run_case(
+                case, chosen, unavailable, subject, scratch, done, checks, other
+            ):
                 yield event
                 if isinstance(event, Result):
                     results.append(event)
@@ -131,22 +138,17 @@ def run(
             yield from _control_outcomes(scenario, results)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What is kept of one execution, so that identical cases of other scenarios are not run again."""
-
-    reply: Reply
-    measurements: Mapping[str, Measurement]
-
-
 def _run_case(
     case: Case,
     backends: Sequence[Selected],
     unavailable: Mapping[str, str | None],
     subject: Subject,
     scratch: Path,
-    done: dict[tuple[str, str], _Run],
+    done: dict[tuple[str, str], Call],
+    checks: frozenset[str],
+    other: Subject | None,
 ) -> Iterator[Event]:
+    """Events of one case. done: calls of earlier cases, so that identical ones are not made again."""
     obstacle = case.unsupported() or _shortage(case)
     folder = scratch / "case"
     inputs: Inputs | None = None
@@ -166,6 +168,7 @@ def _run_case(
             math.nan if reference is None else reference.condition_number,
             None if inputs is None else inputs.sha256,
         )
+        fresh: dict[str, Call] = {}
         for backend in backends:
             reason = unavailable[backend.name]
             if reason is not None:
@@ -173,12 +176,21 @@ def _run_case(
             elif inputs is None or reference is None:
                 outcome = {"status": "unsupported", "reason": obstacle}
             else:
-                execution = done.get((case.key, backend.name))
-                if execution is None:
-                    execution = _execute(backend.name, case, inputs, reference, subject)
-                    done[case.key, backend.name] = execution
-                outcome = _outcome(execution, case, reference)
+                call = done.get((case.key, backend.name))
+                if call is None:
+                    call = _call(backend.name, case, inputs, reference, subject)
+                    # Outputs are mapped files: keeping them would keep their space.
+                    kept = done[case.key, backend.name] = replace(
+                        call, reply=replace(call.reply, outputs={})
+                    )
+                    if backend.gated and call.reply.outcome == "done":
+                        fresh[backend.name] = call
+                    call = kept
+                outcome = _outcome(call, case, reference)
             yield Result(case, backend.name, subject.name, gated=backend.gated, **outcome)
+        if inputs is not None and reference is not None:
+            bench = Bench(case, inputs, reference, subject, other, folder)
+            yield from examine(bench, fresh, checks)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -204,26 +216,23 @@ def available_memory() -> int | None:
     return int(kib[0]) * 1024 if kib else None
 
 
-def _execute(
-    backend: str, case: Case, inputs: Inputs, reference: Reference, subject: Subject
-) -> _Run:
+def _call(backend: str, case: Case, inputs: Inputs, reference: Reference, subject: Subject) -> Call:
     reply = subject.run(backend, case, inputs)
     measurements: Mapping[str, Measurement] = {}
     if reply.outcome == "done":
         measurements = reference.measure(reply.outputs, reply.declarations)
-    # The outputs are mapped files: keeping them would keep their space.
-    return _Run(replace(reply, outputs={}), measurements)
+    return Call(reply, measurements)
 
 
-def _outcome(execution: _Run, case: Case, reference: Reference) -> dict[str, Any]:
-    """The fields of a Result that follow from an execution."""
-    reply = execution.reply
+def _outcome(call: Call, case: Case, reference: Reference) -> dict[str, Any]:
+    """The fields of a Result that follow from a call."""
+    reply = call.reply
     known = {"kernel": reply.kernel, "seconds": reply.seconds, "detail": reply.detail}
     if reply.outcome == "contract":
         return {"status": "fail", "reason": f"contract: {reply.reason}", **known}
     if reply.outcome != "done":
         return {"status": reply.outcome, "reason": reply.reason, **known}
-    verdict = judge(case, execution.measurements, reference)
+    verdict = judge(case, call.measurements, reference, reply.not_repeatable)
     return {
         "status": verdict.status,
         "label": verdict.label,
@@ -269,12 +278,14 @@ def summarize(
     selection: Sequence[Selected],
     reasons: Mapping[str, str | None],
     *,
+    inconsistencies: int = 0,
     fail_on: str = "fail",
     interrupted: bool = False,
 ) -> Summary:
     """Counts, verdict and exit code. Of the exit codes that apply, the largest wins.
 
-    reasons: why a selected backend is unavailable, or None. fail_on: "fail", "warn" (a gated warn fails
+    reasons: why a selected backend is unavailable, or None. inconsistencies: checks of gated backends
+    that do not hold. fail_on: "fail", "warn" (a gated warn fails
     too) or "never" (a deviation alone does not fail).
     """
     counts = {status: sum(r.status == status for r in results) for status in STATUSES}
@@ -288,7 +299,7 @@ def summarize(
         verdict, code = "untrusted", 4
     elif statuses & {"crash", "timeout"} or missing:
         verdict, code = "incomplete", 3
-    elif "fail" in statuses or (fail_on == "warn" and "warn" in statuses):
+    elif inconsistencies or "fail" in statuses or (fail_on == "warn" and "warn" in statuses):
         verdict, code = "fail", 0 if fail_on == "never" else 1
     elif not ran:
         verdict, code = "nothing-gated", 5

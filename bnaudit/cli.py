@@ -24,12 +24,16 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from bnaudit.audit import ControlOutcome, Event, Result, Selected
+    from bnaudit.probe import MemoryFormat
     from bnaudit.progress import CaseProgress
     from bnaudit.report import CaseRecord, Environment, Report, ResultRecord, Writer
-    from bnaudit.scenario import Scenario
+    from bnaudit.scenario import Dtype, Scenario
 
 USAGE, INCOMPLETE, UNTRUSTED, INTERRUPTED = 2, 3, 4, 130
 """Exit codes; the audit itself decides on the others."""
+
+CHECKS = ("repeat", "threads", "channels", "batch-order", "inference", "backends")
+"""Those of bnaudit.consistency, which loads too much for --help."""
 
 PATHS = click.argument("paths", nargs=-1, metavar="[PATH]...")
 
@@ -182,6 +186,19 @@ def cli() -> None:
 )
 @click.option("-x", "stop_early", is_flag=True, help="Stop at the first gated failure.")
 @click.option(
+    "--consistency",
+    is_flag=True,
+    help="Also fail where a result depends on what it must not: all of the checks below.",
+)
+@click.option(
+    "--check",
+    "checks",
+    multiple=True,
+    type=click.Choice(CHECKS),
+    help="One check of --consistency alone: a second call, the number of threads, the other channels, the "
+    "order of the batch, inference after training, two gated backends too far apart; repeatable.",
+)
+@click.option(
     "--json",
     "target",
     metavar="FILE",
@@ -206,6 +223,8 @@ def run(
     threads: int,
     timeout: float,
     stop_early: bool,
+    consistency: bool,
+    checks: tuple[str, ...],
     target: str | None,
     fail_on: str,
     quiet: bool,
@@ -235,13 +254,21 @@ def run(
         with (
             scratch_folder() as scratch,
             Subject(threads=threads, timeout=timeout, scratch=scratch) as subject,
+            Subject(threads=1 if threads > 1 else 2, timeout=timeout, scratch=scratch) as other,
         ):
             reasons = subject.describe([backend.name for backend in selected])
             environment = writer.add_environment(subject.environment())
             screen = _Screen(stderr=target == "-", verbose=verbose)
             cases = screen.open(environment, scenarios, selected, reasons, matches)
             events = audit.run(
-                scenarios, selected, subject, scratch, matches=matches, stop_early=stop_early
+                scenarios,
+                selected,
+                subject,
+                scratch,
+                matches=matches,
+                stop_early=stop_early,
+                checks=frozenset(CHECKS if consistency else checks),
+                other=other,
             )
             results, controls, end = _follow(
                 events, writer, screen, CaseProgress(cases, quiet=quiet)
@@ -252,6 +279,7 @@ def run(
             controls,
             selected,
             reasons,
+            inconsistencies=sum(not record.ok for record in writer.consistency),
             fail_on=fail_on,
             interrupted=end is not None,
         )
@@ -284,6 +312,7 @@ def _follow(
     Returns the results, the controls' outcomes, and what ended the audit early, if anything did.
     """
     from bnaudit.audit import CaseFacts, Result
+    from bnaudit.consistency import Consistency, Disagreement
 
     results: list[Result] = []
     controls: list[ControlOutcome] = []
@@ -308,6 +337,10 @@ def _follow(
                 elif isinstance(event, Result):
                     results.append(event)
                     pending.append(writer.add_result(event))
+                elif isinstance(event, Disagreement):
+                    writer.add_disagreement(event)
+                elif isinstance(event, Consistency):
+                    writer.add_consistency(event)
                 else:
                     controls.append(event)
                     writer.add_control(event)
@@ -386,6 +419,101 @@ class _Screen:
     def say(self, text: str) -> None:
         """Prints a remark."""
         self._console.print(text, style="dim")
+
+
+# --- probe -----------------------------------------------------------------------------------------
+
+
+@cli.command(epilog="Exit: 0, 2 usage, 3 unavailable, crashed or without a mean, 130.")
+@click.argument("backend")
+@click.option(
+    "--size",
+    type=click.IntRange(3, 256),
+    default=32,
+    show_default=True,
+    help="Values per channel: every pair of them is asked about, in a channel of its own.",
+)
+@click.option(
+    "--images",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Images that these values are spread over, in equal shares.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32", "float64"]),
+    default="float32",
+    show_default=True,
+)
+@click.option(
+    "--memory-format",
+    type=click.Choice(["contiguous", "channels_last", "strided"]),
+    default="contiguous",
+    show_default=True,
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Threads of the backend: orders depend on them.",
+)
+@click.option("--json", "target", metavar="FILE", help="Save the finding as JSON; - for stdout.")
+def probe(
+    backend: str,
+    size: int,
+    images: int,
+    dtype: Dtype,
+    memory_format: MemoryFormat,
+    threads: int,
+    target: str | None,
+) -> None:
+    """Shows in which order a backend adds up its mean, and in how many bits.
+
+    BACKEND is one of bnaudit list, FILE.py:NAME or package.module:NAME.
+    """
+    context = click.get_current_context()
+    if size % images:
+        raise click.UsageError(f"{size} values cannot be shared by {images} images", context)
+    if memory_format == "channels_last" and size == images:
+        raise click.UsageError("channels_last takes several values in each image", context)
+    with _explained(), _interruptible():
+        from bnaudit import probe as probing
+        from bnaudit.render.tree import finding_text
+        from bnaudit.report import ReportError
+        from bnaudit.subject import Subject, scratch_folder
+
+        name = _one_backend(backend)
+        setting = probing.Setting(images, size // images, dtype, memory_format)
+        with scratch_folder() as scratch, Subject(threads=threads, scratch=scratch) as subject:
+            try:
+                finding = probing.probe(name, setting, subject, scratch)
+            except probing.ProbeError as error:
+                raise _Failure(str(error), INCOMPLETE) from error
+            text = finding.to_json(threads, subject.environment())
+        console = _console(stderr=target == "-")
+        console.print(finding_text(finding, threads, console.width))
+        if target == "-":
+            click.echo(text)
+        elif target is not None:
+            try:
+                Path(target).write_bytes(text)
+            except OSError as error:
+                raise ReportError(f"cannot write {target}: {error.strerror}") from error
+
+
+def _one_backend(given: str) -> str:
+    """The backend of this name; without a device, that on the cpu."""
+    from bnaudit.selection import select
+    from bnaudit.worker.backends import BACKENDS
+
+    named = [backend.name for backend in select([given], [], BACKENDS) if backend.required]
+    if len(named) != 1:
+        raise click.UsageError(
+            f"{given!r} is not the name of one backend", click.get_current_context()
+        )
+    return named[0]
 
 
 # --- list, doctor, schema --------------------------------------------------------------------------

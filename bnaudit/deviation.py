@@ -361,6 +361,54 @@ def _constants(
                             position[c] = offset + image * plane + s
 
 
+@njit(cache=True, nogil=True)
+def _differ_y(
+    x: Any,
+    first: Any,
+    second: Any,
+    training: bool,
+    state: Any,
+    line: Line,
+    limits: ElementBounds,
+    error: Any,
+    ratio: Any,
+) -> None:
+    """Raises error and ratio, (C,), to the largest |first − second| and its multiple of twice the tight bound."""
+    images, channels, plane = x.shape
+    for image in range(images):
+        for c in range(channels):
+            if state[c] != OK:
+                continue
+            own, rate = line_of(line, c), limits.rate[c]
+            base, wide, size, cap = limits.base[c], limits.wide[c], limits.size[c], limits.cap[c]
+            tight_base, tight_slope = limits.tight_base[c], limits.tight[c]
+            for s in range(plane):
+                a, b = np.float64(first[image, c, s]), np.float64(second[image, c, s])
+                if a == b or (math.isnan(a) and math.isnan(b)):
+                    continue
+                difference = abs(a - b)
+                if not difference < math.inf:  # one of them is not finite
+                    error[c] = ratio[c] = math.inf
+                    continue
+                v = np.float64(x[image, c, s])
+                right, _, distance = y_element(v, own)
+                _, tight = bounds.y_allowances(
+                    training,
+                    abs(v * own.scale) * rate,
+                    abs(distance) * rate,
+                    abs(right),
+                    limits.rounding,
+                    base,
+                    wide,
+                    size,
+                    tight_base,
+                    tight_slope,
+                    cap,
+                )
+                error[c] = max(error[c], difference)
+                ratio[c] = max(ratio[c], difference / (2.0 * tight))
+
+
 # --- from kernels to measurements ------------------------------------------------------------------
 
 
@@ -461,6 +509,17 @@ def measure_y(
         constant_misses=int(misses.sum()) if seen.any() else None,
         constant_error=float(harm.max()) if seen.any() else None,
     )
+
+
+def difference_of_y(
+    case: Case, x: Array, first: Array, second: Array, norm: Normalization
+) -> tuple[float, float]:
+    """The largest |first − second|, and the largest in units of twice the tight bound; all (N, C, S)."""
+    limits = bounds.y_bounds(norm, case.dtype)
+    error, ratio = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    for _, (xs, a, b) in slabs(case.dtype, x, first, second):
+        _differ_y(xs, a, b, norm.training, norm.y_state, norm.line, limits, error, ratio)
+    return float(error.max(initial=0.0)), float(ratio.max(initial=0.0))
 
 
 def _y_value(norm: Normalization, c: int, x: float) -> float:

@@ -15,6 +15,7 @@ from bnaudit import bounds
 from bnaudit.bounds import FORMATS, Allowance, GradientBounds
 from bnaudit.deviation import (
     Measurement,
+    difference_of_y,
     flat,
     measure_channels,
     measure_grad_input,
@@ -200,6 +201,21 @@ class Reference:
                 if measurement is not None:
                     result[name] = measurement
         return result
+
+    def difference(self, name: str, first: Array, second: Array) -> tuple[float, float]:
+        """The largest |first − second| of y or batch_mean, and the largest in units of twice its tight bound."""
+        case, norm = self.case, self.norm
+        if name == "y":
+            return difference_of_y(case, self._x, flat(first), flat(second), norm)
+        batch = bounds.statistics_bounds(norm, self.batches[-1].size, case.eps, case.dtype)
+        tight = 2 * batch.mean_tight
+        a, b = first.astype(np.float64), second.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            same = (a == b) | (np.isnan(a) & np.isnan(b)) | (norm.state != OK)
+            error = np.where(same, 0.0, np.abs(a - b))
+            error = np.where(np.isfinite(error), error, math.inf)
+            ratio = np.where(same, 0.0, error / (2 * tight))
+        return float(error.max(initial=0.0)), float(ratio.max(initial=0.0))
 
     def _measure_channels(
         self, name: str, got: Array, declared: Declarations

@@ -33,6 +33,7 @@ from bnaudit import __version__
 
 if TYPE_CHECKING:
     from bnaudit.audit import CaseFacts, ControlOutcome, Result
+    from bnaudit.consistency import Consistency, Disagreement
     from bnaudit.verdict import Judged
 
 SCHEMA_VERSION = 1
@@ -42,6 +43,9 @@ RAN = ("pass", "warn", "fail", "crash", "timeout")
 
 CHEAP = 1 << 24
 """Bytes of a report up to which a save follows every result: more than all shipped scenarios make."""
+
+SECTIONS = ("environments", "cases", "results", "controls", "disagreements", "consistency")
+"""Fields of a report that are lists of records."""
 
 PACE = 20
 """Pause between saves of a larger one, in durations of a save: they take a twentieth of the time."""
@@ -199,6 +203,29 @@ class ControlRecord(_Record):
     ok: bool
 
 
+class DisagreementRecord(_Record):
+    """The two gated backends that differ most on a case.
+
+    ratio: in units of twice the tight bound, which two good implementations do not exceed.
+    """
+
+    case: str
+    quantity: str
+    backends: tuple[ForeignText, ForeignText]
+    max_abs_difference: Number
+    ratio: Number
+
+
+class ConsistencyRecord(_Record):
+    """One check of what a result must not depend on; reason: what was seen where it does not hold."""
+
+    case: str
+    backend: ForeignText
+    check: str
+    ok: bool
+    reason: ForeignText | None
+
+
 class Summary(_Record):
     """Counts over all results. ran: those whose backend was called."""
 
@@ -228,6 +255,8 @@ class Report(BaseModel):
     cases: list[CaseRecord]
     results: list[ResultRecord]
     controls: list[ControlRecord]
+    disagreements: list[DisagreementRecord] = []
+    consistency: list[ConsistencyRecord] = []
     summary: Summary
     verdict: Verdict
     exit_code: Literal[0, 1, 3, 4, 5, 130]
@@ -265,14 +294,14 @@ def load(path: Path) -> Report:
 def number_findings(
     results: Sequence[ResultRecord], cases: Mapping[str, CaseRecord]
 ) -> list[int | None]:
-    """The finding of each result, from 1; None for those that did not fail, crash or time out.
+    """The finding of each result, from 1; None for those that passed, or warn without a cause.
 
     Results of one scenario, backend, memory format, status and cause are one finding. Gated findings
     come first, each kind in the order in which the results came.
     """
     clusters: dict[tuple[object, ...], list[int]] = {}
     for position, result in enumerate(results):
-        if result.status in ("fail", "crash", "timeout"):
+        if result.status in ("fail", "crash", "timeout") or result.cause is not None:
             case = cases[result.case]
             cluster = (
                 not result.gated,
@@ -311,12 +340,12 @@ class Writer:
         self.cases: dict[str, CaseRecord] = {}
         self.results: list[ResultRecord] = []
         self.controls: list[ControlRecord] = []
+        self.disagreements: list[DisagreementRecord] = []
+        self.consistency: list[ConsistencyRecord] = []
         self._path = None if path is None else Path(os.path.realpath(path))
         self._command = shlex.join(command)
         # Every record is serialized once: a save only writes these.
-        self._json = {
-            name: bytearray() for name in ("environments", "cases", "results", "controls")
-        }
+        self._json = {name: bytearray() for name in SECTIONS}
         self._started = datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds")
         self._clock = time.monotonic()
         self._duration: float | None = None
@@ -364,6 +393,22 @@ class Writer:
             self._add("controls", record)
         return record
 
+    def add_disagreement(self, found: Disagreement) -> DisagreementRecord:
+        """Adds how far the gated backends are apart on a case."""
+        record = DisagreementRecord.model_validate({**vars(found), "case": found.case.id})
+        with self._lock:
+            self.disagreements.append(record)
+            self._add("disagreements", record)
+        return record
+
+    def add_consistency(self, found: Consistency) -> ConsistencyRecord:
+        """Adds what came of a check of consistency."""
+        record = ConsistencyRecord.model_validate({**vars(found), "case": found.case.id})
+        with self._lock:
+            self.consistency.append(record)
+            self._add("consistency", record)
+        return record
+
     def save(self) -> None:
         """Writes all that was added so far."""
         with self._lock:
@@ -392,6 +437,8 @@ class Writer:
                     "cases": list(self.cases.values()),
                     "results": self.results,
                     "controls": self.controls,
+                    "disagreements": self.disagreements,
+                    "consistency": self.consistency,
                     **self._tail(),
                 }
             )

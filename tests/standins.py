@@ -7,7 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bnaudit.audit import CaseFacts, ControlOutcome, Result
+from bnaudit.audit import CaseFacts, ControlOutcome, Event, Result
+from bnaudit.consistency import Consistency, Disagreement
 from bnaudit.deviation import Worst
 from bnaudit.report import Report, Writer
 from bnaudit.scenario import Case, Scenario, load
@@ -155,19 +156,21 @@ def typical() -> list[CaseFacts | Result | ControlOutcome]:
     return events
 
 
-def add(writer: Writer, *events: CaseFacts | Result | ControlOutcome) -> None:
+def add(writer: Writer, *events: Event) -> None:
     for event in events:
         if isinstance(event, CaseFacts):
             writer.add_case(event)
         elif isinstance(event, Result):
             writer.add_result(event)
+        elif isinstance(event, Disagreement):
+            writer.add_disagreement(event)
+        elif isinstance(event, Consistency):
+            writer.add_consistency(event)
         else:
             writer.add_control(event)
 
 
-def report(
-    *events: CaseFacts | Result | ControlOutcome, verdict: str = "fail", exit_code: int = 1
-) -> Report:
+def report(*events: Event, verdict: str = "fail", exit_code: int = 1) -> Report:
     writer = Writer(None, ["bnaudit", "run"])
     writer.add_environment(ENVIRONMENT)
     add(writer, *(events or typical()))

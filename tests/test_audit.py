@@ -51,7 +51,6 @@ def replying(outcome: str, **known: Any) -> Any:
         "reason": None,
         "detail": None,
         "outputs": {},
-        "output_dtypes": {},
         "kernel": None,
         "seconds": 0.0,
         "declarations": Declarations(),
@@ -123,6 +122,21 @@ def test_a_breach_of_the_contract_is_a_failure(tmp_path: Path) -> None:
     subject = Subject(lambda backend, case, right: replying("contract", reason="no y"))
     _, results, _ = run(tmp_path, loaded, GATED, subject)
     assert {(r.status, r.reason) for r in results} == {("fail", "contract: no y")}
+
+
+def test_a_result_that_is_not_repeatable_is_a_warn_that_says_so(tmp_path: Path) -> None:
+    def behave(backend: str, case: Case, right: dict[str, Any]) -> Any:
+        if "mean=5" in case.id:
+            return replying("done", outputs=right, not_repeatable="y[0] was 1.0, then 2.0")
+        return None
+
+    loaded = scenarios(tmp_path, SCENARIO.format(name="a"))
+    _, results, _ = run(tmp_path, loaded, GATED, Subject(behave))
+    assert [(r.status, r.cause) for r in results] == [
+        ("pass", None),
+        ("warn", "BN008 not reproducible"),
+    ]
+    assert results[1].reason == "not repeatable: y[0] was 1.0, then 2.0"
 
 
 def test_controls_run_with_their_scenario_and_answer_for_it(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bnaudit import audit
-from bnaudit.audit import CaseFacts, ControlOutcome, Result, Selected
+from bnaudit.audit import ControlOutcome, Result, Selected
 from bnaudit.scenario import Scenario, load, shipped
 from bnaudit.subject import Subject, scratch_folder
 
@@ -31,7 +31,7 @@ class Audit:
             for event in audit.run(self.scenarios, selection, subject, scratch):
                 if isinstance(event, Result):
                     self.results[event.backend].append(event)
-                elif not isinstance(event, CaseFacts):
+                elif isinstance(event, ControlOutcome):
                     self.controls.append(event)
 
     def failing(self, backend: str) -> dict[str, list[str]]:

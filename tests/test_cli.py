@@ -20,11 +20,12 @@ from jsonschema import Draft202012Validator
 from standins import CONSTANT, ENVIRONMENT, OFFSET, facts, result, scenarios, typical
 
 from bnaudit import __version__, audit, subject
-from bnaudit.cli import cli, main
+from bnaudit.cli import CHECKS, cli, main
+from bnaudit.consistency import Consistency
 from bnaudit.report import json_schema, load
 from bnaudit.worker.backends import BACKENDS
 
-COMMANDS = ("run", "list", "schema", "doctor")
+COMMANDS = ("run", "list", "probe", "schema", "doctor")
 
 
 class Outcome:
@@ -214,7 +215,9 @@ def test_exit_code_verdict_and_report_agree(
 
 
 def test_the_options_reach_the_audit(invoke: Invoke, mock: Mock) -> None:
-    options = "-b welford -b torch@cpu --require gemm@cpu -k constant -x --threads 3 --timeout 7.5"
+    options = (
+        "-b welford@cpu -b torch@cpu --require gemm@cpu -k constant -x --threads 3 --timeout 7.5"
+    )
     invoke("run", "s.yaml", *options.split())
     assert mock.given["selection"] == [
         audit.Selected("welford@cpu", gated=True, required=True),
@@ -222,11 +225,39 @@ def test_the_options_reach_the_audit(invoke: Invoke, mock: Mock) -> None:
         audit.Selected("gemm@cpu", gated=False, required=True),
     ]
     assert mock.given["stop_early"] is True
+    assert mock.given["checks"] == frozenset()
     assert mock.given["matches"]("CONSTANT-channel/x", "torch@cpu") is True
     assert mock.given["matches"]("large-offset/x", "torch@cpu") is False
     assert [s.name for s in mock.given["loaded"]] == ["constant-channel", "large-offset"]
     threads_and_timeout = {"threads": 3, "timeout": 7.5}
     assert mock.given["subject"].options.items() >= threads_and_timeout.items()
+
+
+@pytest.mark.parametrize(
+    ("options", "checks"),
+    [
+        (["--consistency"], set(CHECKS)),
+        (["--check", "threads", "--check", "repeat"], {"threads", "repeat"}),
+    ],
+)
+def test_checks_of_consistency_can_be_asked_for_together_and_alone(
+    invoke: Invoke, mock: Mock, options: list[str], checks: set[str]
+) -> None:
+    invoke("run", "s.yaml", *options)
+    assert mock.given["checks"] == checks
+    assert mock.given["other"].options["threads"] == 1
+
+
+@pytest.mark.parametrize(("fail_on", "code"), [("fail", 1), ("never", 0)])
+def test_a_check_that_does_not_hold_fails(
+    invoke: Invoke, mock: Mock, fail_on: str, code: int
+) -> None:
+    case = scenarios()[0].cases[0]
+    broken = Consistency(case, "torch@cpu", "threads", False, "y[0] was 1, then 2")
+    mock.events = [facts(case), result(case), broken]
+    outcome = invoke("run", "s.yaml", "--consistency", "--fail-on", fail_on)
+    assert outcome.code == code
+    assert "threads torch@cpu constant-channel" in outcome.out
 
 
 def test_a_run_that_stopped_early_says_so(invoke: Invoke, mock: Mock) -> None:
@@ -501,7 +532,7 @@ def test_a_signal_leaves_a_valid_report_no_processes_and_no_files(
     calls = len(log.read_text().splitlines())
     saved = load(tmp_path / "r.json")
     assert saved.verdict == "interrupted"
-    assert calls - 1 <= len(saved.results) <= calls
+    assert calls - 2 <= 2 * len(saved.results) <= calls  # each case is called twice
     psutil.wait_procs(workers, timeout=10)
     assert not any(worker.is_running() for worker in workers)
     if number != signal.SIGKILL:

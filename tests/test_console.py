@@ -22,9 +22,10 @@ from standins import (
     wrong,
 )
 
-from bnaudit.audit import ControlOutcome
+from bnaudit.audit import ControlOutcome, Event
+from bnaudit.consistency import Consistency, Disagreement
 from bnaudit.deviation import Worst
-from bnaudit.render import console
+from bnaudit.render import words
 from bnaudit.render.console import Layout, closing, counts, heading, opening, rows, verdict
 from bnaudit.report import Environment, Report
 
@@ -292,7 +293,7 @@ def test_numbers_that_look_alike_get_more_digits() -> None:
     ],
 )
 def test_numbers_are_short(value: float | None, digits: int, text: str) -> None:
-    assert console._number(value, digits) == text
+    assert words.number(value, digits) == text
 
 
 @pytest.mark.parametrize(
@@ -314,16 +315,16 @@ def test_numbers_are_short(value: float | None, digits: int, text: str) -> None:
 def test_a_case_is_told_by_its_axes(axes: str, label: str, brief: str) -> None:
     (case,) = report(facts(scenarios(OFFSET)[0].cases[0])).cases
     case = case.model_copy(update={"id": f"large-offset/{axes}" if axes else "large-offset"})
-    assert console._label(case) == f"{label} 4x8x16x16".lstrip()
-    assert console._brief(case, 80) == f"{brief} 4x8x16x16".lstrip()
+    assert words.label(case) == f"{label} 4x8x16x16".lstrip()
+    assert words.brief(case, 80) == f"{brief} 4x8x16x16".lstrip()
 
 
 def test_a_brief_case_has_as_many_parts_as_fit() -> None:
     case = report(*typical()).cases[3]
-    assert console._brief(case, 80) == "3.3 channels_last 32x64x56x56"
-    assert console._brief(case, 28) == "3.3 channels_last"
-    assert console._brief(case, 16) == "3.3 32x64x56x56"
-    assert console._brief(case, 3) == "3.3"
+    assert words.brief(case, 80) == "3.3 channels_last 32x64x56x56"
+    assert words.brief(case, 28) == "3.3 channels_last"
+    assert words.brief(case, 16) == "3.3 32x64x56x56"
+    assert words.brief(case, 3) == "3.3"
 
 
 def test_a_specimen_is_represented_by_its_first_finding_in_y() -> None:
@@ -411,6 +412,60 @@ def test_where_nothing_ran_the_reasons_stand_without_being_asked_for() -> None:
     assert "\n  1 unsupported: no such dtype\n" in show(closing(alone))
     beside = report(facts(case), refused, result(case, "welford@cpu"))
     assert "no such dtype" not in show(closing(beside))
+
+
+def test_dependences_and_disagreements_are_told_with_their_worst_cases() -> None:
+    constant, offset = scenarios()
+    pair = ("torch@cpu", "welford@cpu")
+    events: list[Event] = []
+    for case in (*constant.cases, *offset.cases):
+        events += [facts(case), result(case)]
+        events.append(Consistency(case, "torch@cpu", "repeat", True))
+    last = constant.cases[-1]
+    events += [
+        Disagreement(constant.cases[0], "y", pair, 0.1, 3.0),
+        Disagreement(last, "y", pair, 0.467, 470.0),
+        Disagreement(offset.cases[0], "batch_mean", pair, 1e-7, 0.2),
+        Consistency(last, "torch@cpu", "backends", False, "y differs"),
+        Consistency(last, "torch@cpu", "threads", False, "with --threads 1 y[0] was 1, then 2"),
+        Consistency(constant.cases[0], "torch@cpu", "threads", False, "something else"),
+    ]
+    made = report(*events)
+    text = show(closing(made))
+    assert (
+        "disagreement: in 2 of 3 cases two gated backends differ by more than two good\n"
+        "ones can\n"
+        "  constant-channel value=3.3 channels_last 32x64x56x56: y of torch@cpu and\n"
+        "  welford@cpu by 0.467, 4.7e2 times as much\n"
+        "consistency 6/9 checks hold\n"
+        "  threads torch@cpu constant-channel value=3.3 channels_last 32x64x56x56: with\n"
+        "  --threads 1 y[0] was 1, then 2 (and in 1 more case)\n"
+    ) in text
+    verbose = " ".join(show(closing(made, verbose=True)).split())
+    assert "3 times as much" in verbose
+    assert "something else" in verbose
+
+
+def test_what_is_not_repeatable_is_a_finding_also_where_it_is_sound() -> None:
+    case = scenarios(OFFSET)[0].cases[0]
+    again = "not repeatable: y[0,0,0,0] was 1, then 2"
+    cause = "BN008 not reproducible"
+    sound = report(facts(case), result(case, status="warn", reason=again, cause=cause))
+    text = show(closing(sound))
+    assert "[1] WARN torch@cpu large-offset" in text
+    assert f"    {again}\n    cause {cause}" in text
+    reason = f"y: too far off; {again}"
+    wrong_too = result(case, status="fail", reason=reason, quantities={"y": wrong(0.5)})
+    text = show(closing(report(facts(case), wrong_too)))
+    assert "y[0,17,0,0] = 0.5, should be 0" in text
+    assert f"    {again}\n" in text
+
+
+def test_a_check_that_does_not_hold_is_the_reason_for_a_failure() -> None:
+    case = scenarios(OFFSET)[0].cases[0]
+    broken = Consistency(case, "torch@cpu", "repeat", False, "y[0] was 1, then 2")
+    made = report(facts(case), result(case), broken)
+    assert verdict(made).plain == "FAIL (exit 1): a check of consistency does not hold"
 
 
 def test_the_opening_says_what_gates() -> None:

@@ -29,9 +29,11 @@ ORDER = (
     "measure",
     "verdict",
     "subject",
+    "consistency",
     "audit",
     "selection",
     "report",
+    "probe",
     "render",
     "doctor",
     "progress",
@@ -112,3 +114,9 @@ def test_the_readme_names_every_command_and_every_backend() -> None:
         assert f"bnaudit {command}" in text, command
     for name in BACKENDS:
         assert f"`{name}`" in text or f"`{name.partition('@')[0]}`" in text, name
+
+
+@pytest.mark.parametrize("name", ["readme_triton.py", "readme_cuda.py"])
+def test_the_readme_shows_the_examples_that_are_tested(name: str) -> None:
+    _, code = (Path(__file__).parent / "plugins" / name).read_text().split("\n", 1)
+    assert code in README.read_text()

@@ -31,6 +31,7 @@ from standins import (
 )
 
 from bnaudit import report as report_module
+from bnaudit.consistency import Consistency, Disagreement
 from bnaudit.deviation import Worst
 from bnaudit.report import ReportError, ResultRecord, Writer, json_schema, load, number_findings
 
@@ -69,7 +70,7 @@ def test_a_report_has_the_documented_fields(writer: Writer, tmp_path: Path) -> N
     document = read(tmp_path / "report.json")
     assert list(document) == named(
         "schema_version bnaudit_version started duration_seconds command environments cases results "
-        "controls summary verdict exit_code"
+        "controls disagreements consistency summary verdict exit_code"
     )
     assert document["command"] == "bnaudit run 'a b'"
     assert list(document["cases"][0]) == named(
@@ -89,6 +90,34 @@ def test_a_report_has_the_documented_fields(writer: Writer, tmp_path: Path) -> N
         **{"cases": 6, "results": 26, "ran": 20, "pass": 14, "warn": 1, "fail": 5},
         **{"crash": 0, "timeout": 0, "unsupported": 0, "unavailable": 6},
     }
+
+
+def test_disagreements_and_checks_of_consistency_have_the_documented_fields(
+    writer: Writer, tmp_path: Path
+) -> None:
+    add(writer, facts(CASE), result(CASE))
+    writer.add_disagreement(Disagreement(CASE, "y", ("torch@cpu", "b.py:f@cpu"), 0.5, math.inf))
+    writer.add_consistency(Consistency(CASE, "torch@cpu", "threads", False, "y[0] was 1, then 2"))
+    document = read(tmp_path / "report.json")
+    assert document["disagreements"] == [
+        {
+            "case": CASE.id,
+            "quantity": "y",
+            "backends": ["torch@cpu", "b.py:f@cpu"],
+            "max_abs_difference": 0.5,
+            "ratio": "inf",
+        }
+    ]
+    assert document["consistency"] == [
+        {
+            "case": CASE.id,
+            "backend": "torch@cpu",
+            "check": "threads",
+            "ok": False,
+            "reason": "y[0] was 1, then 2",
+        }
+    ]
+    assert writer.finish("fail", 1) == load(tmp_path / "report.json")
 
 
 def test_a_case_is_saved_with_its_parameters_resolved(writer: Writer, tmp_path: Path) -> None:

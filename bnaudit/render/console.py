@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from bnaudit import __version__
+from bnaudit.render.consistency import consistency
+from bnaudit.render.words import Hanging, axes, brief, label, number
 from bnaudit.report import RAN, CaseRecord, Environment, Quantity, Report, ResultRecord
+from bnaudit.verdict import NOT_REPEATABLE
 
 if TYPE_CHECKING:
     from bnaudit.doctor import Entry
@@ -54,14 +57,6 @@ MANY_ULPS = 1e9
 
 DETAIL_LINES = 6
 """Lines of a traceback that a finding shows; all of them with -v."""
-
-CONSTANT_INPUT = re.compile(r"constant\(value=([^(),]*)\)")
-"""An axis value that is the same as an axis `value`, and is shown as one."""
-
-CALL = re.compile(r"(\w*)\((.*)\)")
-"""An axis value with fields: normal(mean=1,std=2), (mean=0,var=1)."""
-
-NUMBER = re.compile(r"(?<![\w.])-?\d+\.?\d*(e[+-]?\d+)?(?![\w.])")
 
 KEY = "σ: standard deviations of y.  ×bound: 1 = worst a stable algorithm may do."
 
@@ -100,26 +95,6 @@ class Layout:
         scenario = min(scenario, max(names - backend, min(NARROW, names // 2)))
         backend = min(backend, names - scenario)
         return cls(scenario, backend, room - scenario - backend, status, width)
-
-
-class Hanging:
-    """Paragraphs beside a prefix: wrapped lines are indented by its width."""
-
-    def __init__(self, prefix: Text | str, *paragraphs: Text | str) -> None:
-        """prefix: stands before the first line."""
-        self._prefix = Text(prefix) if isinstance(prefix, str) else prefix
-        self._paragraphs = [Text(p) if isinstance(p, str) else p for p in paragraphs]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Lines of the console's width at most, without blanks at their ends."""
-        indent = self._prefix.cell_len
-        width = max(options.max_width - indent, 20)
-        before = self._prefix
-        for paragraph in self._paragraphs:
-            for line in paragraph.wrap(console, width, overflow="fold"):
-                line.rstrip()
-                yield Text.assemble(before, line, overflow="ignore", no_wrap=True)
-                before = Text(" " * indent)
 
 
 def opening(
@@ -286,12 +261,14 @@ def counts(report: Report) -> str:
 def verdict(report: Report) -> Text:
     """The last word: "FAIL (exit 1)"."""
     failed = any(r.gated and r.status == "fail" for r in report.results)
-    number = f"exit {report.exit_code}"
+    code = f"exit {report.exit_code}"
     reason = ""
     if report.verdict == "fail" and report.exit_code == 0:
-        number += ": --fail-on never"
+        code += ": --fail-on never"
+    elif any(not record.ok for record in report.consistency) and not failed:
+        reason = ": a check of consistency does not hold"
     elif report.verdict == "fail" and not failed:
-        number += ": --fail-on warn"
+        code += ": --fail-on warn"
     elif report.verdict == "incomplete":
         reason = ": " + _incomplete(report)
     elif report.verdict == "untrusted":
@@ -301,7 +278,7 @@ def verdict(report: Report) -> Text:
     elif report.verdict == "interrupted":
         reason = ": this is what was measured until then"
     text = Text(
-        f"{report.verdict.upper()} ({number})", VERDICT_STYLES.get(report.verdict, "bold red")
+        f"{report.verdict.upper()} ({code})", VERDICT_STYLES.get(report.verdict, "bold red")
     )
     return text.append(reason, style="not bold")
 
@@ -316,6 +293,7 @@ def closing(report: Report, *, verbose: bool = False) -> Iterator[RenderableType
         yield finding
     yield ""
     yield from controls(report)
+    yield from consistency(report, verbose=verbose)
     yield Hanging("", counts(report))
     if verbose or not report.summary.ran:
         reasons = Counter(r.reason for r in report.results if r.status == "unsupported")
@@ -387,12 +365,12 @@ def _row(layout: Layout, group: Sequence[ResultRecord], cases: Mapping[str, Case
     return _line(
         layout,
         backend=Text(_shorten(worst.backend, layout.backend)),
-        worst=Text(prefix + _brief(case, layout.worst - len(prefix))),
+        worst=Text(prefix + brief(case, layout.worst - len(prefix))),
         off_by=Text(_off_by(name, quantity)),
         bound=Text(_bound(quantity)),
         status=_status(layout, f"{word} {same}/{ran}", worst.gated, style),
-        floor=Text(_number(None if quantity is None else quantity.floor, 2)),
-        condition=Text(_number(case.condition_number, 2)),
+        floor=Text(number(None if quantity is None else quantity.floor, 2)),
+        condition=Text(number(case.condition_number, 2)),
         kernel=Text(worst.kernel or "-"),
         style="" if worst.gated else "dim",
     )
@@ -410,8 +388,8 @@ def _green_row(layout: Layout, groups: Sequence[Sequence[ResultRecord]]) -> Text
     return _line(
         layout,
         span=Text(names),
-        off_by=Text(f"{_number(max(sigmas), 2)} σ" if sigmas else "-"),
-        bound=Text(_number(max(ratios, default=None), 2)),
+        off_by=Text(f"{number(max(sigmas), 2)} σ" if sigmas else "-"),
+        bound=Text(number(max(ratios, default=None), 2)),
         status=_status(layout, "pass", any(g[0].gated for g in groups), STYLES["pass"]),
         style="",
     )
@@ -509,9 +487,9 @@ class _Context:
         self._specimens = {r.backend: r.environment for r in report.results if not r.gated}
 
     def _twin_key(self, case: CaseRecord) -> tuple[object, ...]:
-        axes = _axes(case)
-        axes.pop("memory_format", None)
-        return (case.scenario, *axes.items())
+        own = axes(case)
+        own.pop("memory_format", None)
+        return (case.scenario, *own.items())
 
     def comparisons(self, result: ResultRecord) -> list[str]:
         """Such as "contiguous only warns" and "exact@cpu passes"; only where others do better."""
@@ -540,7 +518,7 @@ def _finding(worst: ResultRecord, size: int, context: _Context, verbose: bool) -
     word = worst.status.upper() if worst.gated else f"({worst.status})"
     style = f"bold {STYLES[worst.status]}" if worst.gated else "dim"
     body = [
-        Text.assemble((word, style), f" {worst.backend} {case.scenario} {_label(case)}".rstrip()),
+        Text.assemble((word, style), f" {worst.backend} {case.scenario} {label(case)}".rstrip()),
         *_evidence(worst),
     ]
     last = []
@@ -563,7 +541,7 @@ def _finding(worst: ResultRecord, size: int, context: _Context, verbose: bool) -
 def _evidence(result: ResultRecord) -> Iterator[Text]:
     name, quantity = _worst_quantity(result)
     reason = result.reason or ""
-    if quantity is None or quantity.worst is None:
+    if quantity is None or quantity.worst is None or result.status == "warn":
         if reason:
             yield Text(reason)
         return
@@ -580,12 +558,15 @@ def _evidence(result: ResultRecord) -> Iterator[Text]:
     ]
     if others:
         yield Text(f"also off: {', '.join(others)}")
+    _, again, difference = reason.partition(NOT_REPEATABLE)
+    if again:
+        yield Text(again + difference)
 
 
 def _specimen(firsts: Sequence[ResultRecord], context: _Context) -> RenderableType:
     first = _telling(firsts)
     case = context.cases[first.case]
-    text = f"({first.status}) {first.backend} {case.scenario} {_label(case)}"
+    text = f"({first.status}) {first.backend} {case.scenario} {label(case)}"
     evidence = next(_evidence(first), None)
     if evidence is not None:
         text += f": {evidence.plain.partition(';')[0]}"
@@ -602,7 +583,7 @@ def _telling(firsts: Sequence[ResultRecord]) -> ResultRecord:
 def _apart(value: float, reference: float) -> tuple[str, str]:
     """Both numbers with as many digits as it takes to tell them apart, three at least."""
     for digits in (3, 6, 9, 17):
-        texts = _number(value, digits), _number(reference, digits)
+        texts = number(value, digits), number(reference, digits)
         if texts[0] != texts[1]:
             break
     return texts
@@ -654,100 +635,18 @@ def _off_by(name: str, quantity: Quantity | None) -> str:
     if quantity is None:
         return "-"
     if quantity.nonfinite and quantity.worst is not None:
-        return _number(quantity.worst.value, 2)
+        return number(quantity.worst.value, 2)
     if name == "y" and quantity.max_sigma_error is not None:
         sigma = quantity.max_sigma_error
-        return f"{_number(sigma, 3 if sigma >= 1e-3 else 2)} σ"
+        return f"{number(sigma, 3 if sigma >= 1e-3 else 2)} σ"
     ulps = quantity.max_ulp_error
     if name not in ("y", "grad_input") and ulps is not None and ulps <= MANY_ULPS:
-        return f"{_number(ulps, 2)} ulp"
-    return _number(quantity.max_abs_error, 3)
+        return f"{number(ulps, 2)} ulp"
+    return number(quantity.max_abs_error, 3)
 
 
 def _bound(quantity: Quantity | None) -> str:
-    return _number(None if quantity is None else quantity.bound_ratio, 2)
-
-
-def _number(value: float | None, digits: int) -> str:
-    """Such as 0.467, 5.5e-5, 7.1e3, nan; "-" for what does not apply."""
-    if value is None:
-        return "-"
-    if not math.isfinite(value) or value == 0:
-        return f"{value:g}"
-    text = f"{value:.{digits}g}" if abs(value) >= 1e-3 else f"{value:.{digits - 1}e}"
-    mantissa, e, exponent = text.partition("e")
-    if not e:
-        return text
-    if "." in mantissa:
-        mantissa = mantissa.rstrip("0").rstrip(".")
-    return f"{mantissa}e{int(exponent)}"
-
-
-def _axes(case: CaseRecord) -> dict[str, str]:
-    """The axes in a case's id: "value=3.3,input=normal(mean=1, std=2)" has two."""
-    axes: dict[str, str] = {}
-    depth, part = 0, ""
-    for character in case.id[len(case.scenario) + 1 :] + ",":
-        depth += (character in "([") - (character in ")]")
-        if character == "," and depth <= 0:
-            name, _, value = part.partition("=")
-            if name:
-                axes[name] = value
-            part = ""
-        else:
-            part += character
-    return axes
-
-
-def _parts(case: CaseRecord, *, brief: bool) -> list[str]:
-    """A case in words: its own axes, then memory format, dtype and shape, the usual ones left out.
-
-    brief: without names where a value speaks for itself.
-    """
-    axes = {name: NUMBER.sub(_tidy, value) for name, value in _axes(case).items()}
-    constant = CONSTANT_INPUT.fullmatch(axes.get("input", ""))
-    if constant is not None:
-        axes = {"value": constant[1], **axes}
-        del axes["input"]
-    own = [name for name in axes if name not in ("memory_format", "dtype", "shape")]
-    words = []
-    for name in own:
-        value = axes[name]
-        call = CALL.fullmatch(value)
-        if value in ("true", "false"):
-            words.append(name if value == "true" else f"no {name}")
-        elif brief and call is not None:
-            values = call[2] if call[1] in ("", "normal") else re.sub(r"\w+=", "", call[2])
-            words.append(f"{call[1]} {values}".removeprefix("normal ").lstrip())
-        elif name == "input" or (brief and len(own) == 1):
-            words.append(value)
-        else:
-            words.append(f"{name}={value}")
-    if case.memory_format != "contiguous" or "memory_format" in axes:
-        words.append(case.memory_format)
-    if case.dtype != "float32" or "dtype" in axes:
-        words.append(case.dtype)
-    return [*words, "x".join(str(size) for size in case.shape)]
-
-
-def _tidy(found: re.Match[str]) -> str:
-    """A number as people write it: 1e6 for 1000000.0."""
-    short = _number(float(found[0]), 6)
-    return short if float(short) == float(found[0]) else found[0]
-
-
-def _label(case: CaseRecord) -> str:
-    return " ".join(_parts(case, brief=False))
-
-
-def _brief(case: CaseRecord, width: int) -> str:
-    """As many parts of the case as fit, the telling ones first."""
-    text = ""
-    for part in _parts(case, brief=True):
-        longer = f"{text} {part}".lstrip()
-        if len(longer) <= width or not text:
-            text = longer
-    return text
+    return number(None if quantity is None else quantity.bound_ratio, 2)
 
 
 def _absences(results: Sequence[ResultRecord]) -> str:

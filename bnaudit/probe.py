@@ -273,8 +273,8 @@ def _refuse_averages(backend: str, setting: Setting, subject: Subject, scratch: 
         first = int(is_sum.argmin())
         i, j = _pairs(uneven)[first]
         raise _NoOrder(
-            f"not a plain sum, but averages that are merged: the mean of {uneven.size} values, a huge M at "
-            f"{i}, -M at {j} and zeros, is {means[first]:.3g}"
+            f"not a plain sum: the mean of {uneven.size} values, a huge M at {i}, -M at {j} and zeros, "
+            f"is {means[first]:.3g}, as where averages are merged (Welford, Chan)"
         )
 
 

@@ -21,10 +21,14 @@ YARDSTICKS = {
     "two-pass": _numpy.two_pass,
     "two-pass-sequential": _numpy.two_pass_sequential,
     "welford": _numpy.welford,
+    "welford-regions-64": _numpy.welford_regions_64,
+    "welford-regions-1024": _numpy.welford_regions_1024,
     "welford-sequential": _numpy.welford_sequential,
     "shifted": _numpy.shifted,
 }
-EXACT_ON_CONSTANTS = ("welford", "welford-sequential", "shifted")
+EXACT_ON_CONSTANTS = (
+    *("welford", "welford-regions-64", "welford-regions-1024", "welford-sequential", "shifted"),
+)
 every = pytest.mark.parametrize("name", YARDSTICKS)
 both = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
@@ -163,6 +167,34 @@ def test_welford_deals_to_lanes_in_blocks_of_256_and_merges_them_in_trees(
     _, mean, m2 = whole(lanes, merge)
     assert (got["batch_mean"][0], got["batch_var"][0]) == (mean, m2 / real(n))
     assert got["grad_bias"][0] == whole(sums, add)
+
+
+@both
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 128, 129, 640, 700])
+def test_regions_are_runs_of_elements_whose_neighbours_are_merged(n: int, dtype: str) -> None:
+    x = drawn((n, 1), dtype, offset=100)
+    real = x.dtype.type
+
+    def recurrence(values: Array) -> tuple[int, Any, Any]:
+        mean = m2 = real(0)
+        for count, value in enumerate(values, 1):
+            delta = value - mean
+            mean += delta / real(count)
+            m2 += delta * (value - mean)
+        return len(values), mean, m2
+
+    def merge(a: tuple[int, Any, Any], b: tuple[int, Any, Any]) -> tuple[int, Any, Any]:
+        count = a[0] + b[0]
+        share, delta = real(b[0]) / real(count), b[1] - a[1]
+        return count, a[1] + delta * share, (a[2] + b[2]) + delta * delta * (real(a[0]) * share)
+
+    regions = [recurrence(x[start : start + 64, 0]) for start in range(0, n, 64)]
+    while len(regions) > 1:
+        pairs = zip(regions[::2], regions[1::2], strict=False)
+        regions = [*(merge(a, b) for a, b in pairs), *regions[len(regions) & ~1 :]]
+    _, mean, m2 = regions[0]
+    got = run("welford-regions-64", x)
+    assert (got["batch_mean"][0], got["batch_var"][0]) == (mean, m2 / real(n))
 
 
 @both

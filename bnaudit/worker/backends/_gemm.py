@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Dict, Optional
 
 import numpy as np
 
-from ._caffe import Blas, as_matrix, finish, layer_statistics, spread
+from ._blas import Blas
+from ._caffe import as_matrix, finish, layer_statistics, spread
 from ._numpy import empty_batch, update_running
 
 if TYPE_CHECKING:

@@ -9,6 +9,8 @@ two_pass               mean, then the mean of (x - mean)²; pairwise sums
 two_pass_sequential    the same with one serial chain of additions per sum
 welford                one Welford recurrence per lane of at most 64 elements, lanes merged by Chan's
                        formula in a tree: the bits of batchnorm.cu, whose header says more
+welford_regions        one Welford recurrence per run of 64 (or 1024) consecutive elements, neighbours
+                       merged by Chan's formula in a balanced tree
 welford_sequential     one Welford recurrence over the whole channel
 shifted                one_pass on x - x_1, with x_1 the channel's first element
 
@@ -100,12 +102,35 @@ def _welford(rows: Array) -> Tuple[Array, Array]:
     for start in range(0, n, lanes):
         x = rows[:, start : start + lanes]
         active = x.shape[1]
-        delta = x - mean[:, :active]
-        mean[:, :active] += delta / real(start // lanes + 1)
-        m2[:, :active] += delta * (x - mean[:, :active])
+        _update(mean[:, :active], m2[:, :active], x, start // lanes + 1)
         count[:active] += 1
     _, mean, m2 = _merge_lanes((count, mean, m2), _merge_moments)
     return mean[:, 0], m2[:, 0] / real(n)
+
+
+def _welford_regions(length: int, rows: Array) -> Tuple[Array, Array]:
+    channels, n = rows.shape
+    regions = -(-n // length)
+    mean = np.zeros((channels, regions), rows.dtype)
+    m2 = np.zeros_like(mean)
+    for place in range(min(n, length)):
+        x = rows[:, place::length]  # the last region may end before the others
+        _update(mean[:, : x.shape[1]], m2[:, : x.shape[1]], x, place + 1)
+    count = np.minimum(n - length * np.arange(regions), length)
+    lanes: Lanes = (count, mean, m2)
+    while lanes[0].size > 1:
+        left = tuple(part[..., ::2].copy() for part in lanes)
+        _merge_moments(left, tuple(part[..., 1::2] for part in lanes))
+        lanes = left
+    _, mean, m2 = lanes
+    return mean[:, 0], m2[:, 0] / rows.dtype.type(n)
+
+
+def _update(mean: Array, m2: Array, x: Array, count: int) -> None:
+    """Welford's update of every lane by its element x, the lane's number `count`."""
+    delta = x - mean
+    mean += delta / x.dtype.type(count)
+    m2 += delta * (x - mean)
 
 
 def _lane_sums(rows: Array) -> Array:
@@ -332,5 +357,7 @@ one_pass = Yardstick(_one_pass, pairwise)
 two_pass = Yardstick(_two_pass, pairwise)
 two_pass_sequential = Yardstick(_two_pass_sequential, sequential)
 welford = Yardstick(_welford, _lane_sums)
+welford_regions_64 = Yardstick(functools.partial(_welford_regions, 64), pairwise)
+welford_regions_1024 = Yardstick(functools.partial(_welford_regions, 1024), pairwise)
 welford_sequential = Yardstick(_welford_sequential, sequential)
 shifted = Yardstick(_shifted, pairwise)

@@ -373,7 +373,7 @@ def _differ_y(
     error: Any,
     ratio: Any,
 ) -> None:
-    """Raises error and ratio, (C,), to the largest |first − second| and its multiple of twice the tight bound."""
+    """Raises error and ratio, (C,), to the largest |first − second|, also in units of twice its tight bound."""
     images, channels, plane = x.shape
     for image in range(images):
         for c in range(channels):

@@ -203,7 +203,7 @@ class Reference:
         return result
 
     def difference(self, name: str, first: Array, second: Array) -> tuple[float, float]:
-        """The largest |first − second| of y or batch_mean, and the largest in units of twice its tight bound."""
+        """The largest |first − second| of y or batch_mean, also in units of twice its tight bound."""
         case, norm = self.case, self.norm
         if name == "y":
             return difference_of_y(case, self._x, flat(first), flat(second), norm)

@@ -460,13 +460,14 @@ def _cell(text: Text | None, width: int, *, right: bool = False) -> Text:
 
 
 def _shorten(name: str, width: int) -> str:
-    """A name that keeps its telling end: a backend's device, a plug-in's function, half of a scenario's."""
+    """A name that keeps its telling end: a backend's variant, a plug-in's function, half of a scenario's."""
     if len(name) <= width:
         return name
     if ":" in name:
         kept = width - 1
     elif "@" in name:
-        kept = min(len(name) - name.rfind("@"), width - 1)
+        ends = (len(name) - name.rfind(sign) for sign in "-@")
+        kept = next((end for end in ends if end <= width - 3), width - 1)
     else:
         kept = (width - 1) // 2
     return f"{name[: width - 1 - kept]}…{name[len(name) - kept :]}"

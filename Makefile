@@ -9,7 +9,7 @@ audit: .venv/torch  ## audit this machine's BatchNorms with all shipped scenario
 	$(BIN)/bnaudit run scenarios/ --json reports/latest.json --fail-on never
 
 test: .venv/test  ## run the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: .venv/dev  ## check format, style and types
 	$(BIN)/ruff format --check .

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from bnaudit.consistency import Bench, Call, Consistency, Disagreement, examine
 from bnaudit.deviation import Measurement
@@ -86,6 +86,18 @@ class Summary:
     exit_code: int
 
 
+class Checked(Protocol):
+    """What the verdict needs to know of a check of consistency."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it holds."""
+
+    @property
+    def died(self) -> bool:
+        """Whether the backend died in it."""
+
+
 Event = CaseFacts | Result | ControlOutcome | Disagreement | Consistency
 
 
@@ -131,11 +143,18 @@ def run(
                 yield event
                 if isinstance(event, Result):
                     results.append(event)
-                    if stop_early and event.gated and event.status == "fail":
-                        return
+                if stop_early and _is_failure(event):
+                    return
         # A control answers for its whole scenario; a filtered one proves nothing either way.
         if len(wanted) == len(scenario.cases):
             yield from _control_outcomes(scenario, results)
+
+
+def _is_failure(event: Event) -> bool:
+    """Whether it decides that the run fails."""
+    if isinstance(event, Consistency):
+        return not event.ok
+    return isinstance(event, Result) and event.gated and event.status == "fail"
 
 
 def _run_case(
@@ -278,28 +297,29 @@ def summarize(
     selection: Sequence[Selected],
     reasons: Mapping[str, str | None],
     *,
-    inconsistencies: int = 0,
+    checks: Sequence[Checked] = (),
     fail_on: str = "fail",
     interrupted: bool = False,
 ) -> Summary:
     """Counts, verdict and exit code. Of the exit codes that apply, the largest wins.
 
-    reasons: why a selected backend is unavailable, or None. inconsistencies: checks of gated backends
-    that do not hold. fail_on: "fail", "warn" (a gated warn fails
-    too) or "never" (a deviation alone does not fail).
+    reasons: why a selected backend is unavailable, or None. checks: those of consistency that were made.
+    fail_on: "fail", "warn" (a gated warn fails too) or "never" (a deviation alone does not fail).
     """
     counts = {status: sum(r.status == status for r in results) for status in STATUSES}
     gated = [r for r in results if r.gated]
     statuses = {r.status for r in gated}
     missing = any(backend.required and reasons.get(backend.name) for backend in selection)
     ran = statuses & {"pass", "warn", "fail", "crash", "timeout"}
+    died = statuses & {"crash", "timeout"} or any(check.died for check in checks)
+    inconsistent = any(not check.ok for check in checks)
     if interrupted:
         verdict, code = "interrupted", 130
     elif not all(control.ok for control in controls):
         verdict, code = "untrusted", 4
-    elif statuses & {"crash", "timeout"} or missing:
+    elif died or missing:
         verdict, code = "incomplete", 3
-    elif inconsistencies or "fail" in statuses or (fail_on == "warn" and "warn" in statuses):
+    elif inconsistent or "fail" in statuses or (fail_on == "warn" and "warn" in statuses):
         verdict, code = "fail", 0 if fail_on == "never" else 1
     elif not ran:
         verdict, code = "nothing-gated", 5

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -141,6 +142,12 @@ def cli() -> None:
     """Audits BatchNorm implementations numerically against a certified float64 reference."""
 
 
+def _finite(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number of seconds", context, parameter)
+    return value
+
+
 # --- run -------------------------------------------------------------------------------------------
 
 
@@ -180,6 +187,7 @@ def cli() -> None:
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
+    callback=_finite,
     default=60.0,
     show_default=True,
     help="Seconds a backend has for a case; five times as many for its first, which may compile.",
@@ -258,8 +266,13 @@ def run(
         ):
             reasons = subject.describe([backend.name for backend in selected])
             environment = writer.add_environment(subject.environment())
+            writer.missing = {
+                b.name: why for b in selected if b.required and (why := reasons[b.name])
+            }
             screen = _Screen(stderr=target == "-", verbose=verbose)
-            cases = screen.open(environment, scenarios, selected, reasons, matches)
+            cases = screen.open(environment, scenarios, selected, reasons, matches, writer.missing)
+            if not cases:
+                screen.say(f"no case and backend match -k {expression!r}")
             events = audit.run(
                 scenarios,
                 selected,
@@ -279,7 +292,7 @@ def run(
             controls,
             selected,
             reasons,
-            inconsistencies=sum(not record.ok for record in writer.consistency),
+            checks=writer.consistency,
             fail_on=fail_on,
             interrupted=end is not None,
         )
@@ -370,6 +383,7 @@ class _Screen:
         selected: Sequence[Selected],
         reasons: Mapping[str, str | None],
         matches: Callable[[str, str], bool],
+        missing: Mapping[str, str],
     ) -> int:
         """Says what will run and on what, fixes the table's columns, and returns the number of cases."""
         from bnaudit.render.console import Layout, opening
@@ -393,7 +407,6 @@ class _Screen:
         gated = [backend.name for backend in selected if backend.gated]
         specimens = {*names, *controls} - {*gated}
         available = [name for name in gated if reasons[name] is None]
-        missing = {b.name: why for b in selected if b.required and (why := reasons[b.name])}
         for line in opening(environment, sum(cases), available, missing, bool(specimens)):
             self._console.print(line)
         return sum(cases)

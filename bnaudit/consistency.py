@@ -33,13 +33,18 @@ CHECKS = ("repeat", "threads", "channels", "batch-order", "inference", "backends
 
 @dataclass(frozen=True)
 class Consistency:
-    """What came of one check of one backend on one case; the reason where it does not hold."""
+    """What came of one check of one backend on one case; the reason where it does not hold.
+
+    died: the call that the check needs crashed or took too long; detail: its traceback or last words.
+    """
 
     case: Case
     backend: str
     check: str
     ok: bool
     reason: str | None = None
+    died: bool = False
+    detail: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,47 +100,74 @@ def examine(
             yield _judged(found)
     for backend, first in calls.items():
         for check, make in _CHECKS.items():
-            if check in checks and _applies(check, case):
-                reason = make(bench, backend, first)
-                yield Consistency(case, backend, check, reason is None, reason)
+            if check in checks and _applies(check, case, first):
+                try:
+                    reason = make(bench, backend, first)
+                except _Ended as end:
+                    if end.reply.outcome != "unsupported":
+                        died = end.reply.outcome in ("crash", "timeout")
+                        reason = f"{end} the call ended: {end.reply.outcome}: {end.reply.reason}"
+                        yield Consistency(
+                            case, backend, check, False, reason, died, end.reply.detail
+                        )
+                else:
+                    yield Consistency(case, backend, check, reason is None, reason)
 
 
-def _applies(check: str, case: Case) -> bool:
+class _Ended(Exception):  # noqa: N818 - an outcome
+    """A second call without outputs; the message is its circumstance."""
+
+    def __init__(self, circumstance: str, reply: Reply) -> None:
+        super().__init__(circumstance)
+        self.reply = reply
+
+
+def _applies(check: str, case: Case, first: Call) -> bool:
     if check == "channels":
         return case.channels > 1 and case.n > 0
     if check == "inference":
-        return case.mode == "training" and case.n > 0
+        left = {"running_mean", "running_var"} <= first.reply.outputs.keys()
+        return case.mode == "training" and case.n > 0 and left
     return check != "batch-order" or case.shape[0] > 1
 
 
+def _done(circumstance: str, reply: Reply) -> Reply:
+    """The reply, if it has outputs; raises _Ended."""
+    if reply.outcome != "done":
+        raise _Ended(circumstance, reply)
+    return reply
+
+
 def _repeat(bench: Bench, backend: str, first: Call) -> str | None:
+    circumstance = "in a second call"
+    if first.reply.not_repeatable is not None:
+        return f"{circumstance} {first.reply.not_repeatable}"
     second = bench.subject.run(backend, bench.case, bench.inputs)
-    return _changed(bench, first.reply, second, "in a second call")
+    return _changed(bench, first.reply, _done(circumstance, second), circumstance)
 
 
 def _threads(bench: Bench, backend: str, first: Call) -> str | None:
     assert bench.other is not None  # noqa: S101 - there is one where the check is asked for
+    circumstance = f"with --threads {bench.other.threads}"
     second = bench.other.run(backend, bench.case, bench.inputs)
-    return _changed(bench, first.reply, second, f"with --threads {bench.other.threads}")
+    return _changed(bench, first.reply, _done(circumstance, second), circumstance)
 
 
 def _channels(bench: Bench, backend: str, first: Call) -> str | None:
-    def silence(tensor: Array) -> Array:
-        changed: Array = tensor.copy()
-        changed[:, :, 1::2] = 0
-        return changed
-
-    inputs = _altered(bench, "channels", {"x": silence(bench.inputs.x)})
-    second = bench.subject.run(backend, bench.case, inputs)
-    return _changed(bench, first.reply, second, "with the odd channels set to 0", slice(0, None, 2))
+    circumstance = "with the odd channels set to 0"
+    x = bench.inputs.x.copy()
+    x[:, :, 1::2] = 0
+    second = bench.subject.run(backend, bench.case, _altered(bench, "channels", {"x": x}))
+    even = slice(0, None, 2)
+    return _changed(bench, first.reply, _done(circumstance, second), circumstance, even)
 
 
 def _batch_order(bench: Bench, backend: str, first: Call) -> str | None:
+    circumstance = "with the batch in reverse"
     tensors = {"x": bench.inputs.x, "grad_output": bench.inputs.grad_output}
     reversed_ = {name: t[:, ::-1] for name, t in tensors.items() if t is not None}
-    second = bench.subject.run(backend, bench.case, _altered(bench, "batch-order", reversed_))
-    if second.outcome != "done":
-        return _ended(second, "with the batch in reverse")
+    inputs = _altered(bench, "batch-order", reversed_)
+    second = _done(circumstance, bench.subject.run(backend, bench.case, inputs))
     outputs = {
         name: array[::-1] if name in IN_FULL else array for name, array in second.outputs.items()
     }
@@ -143,37 +175,27 @@ def _batch_order(bench: Bench, backend: str, first: Call) -> str | None:
     for name, measurement in measured.items():
         if not _sound(measurement) and _sound(first.measurements.get(name)):
             ratio = measurement.bound_ratio
-            return f"{name} with the batch in reverse: {ratio:.3g} times its bound, in order within"
+            return (
+                f"{circumstance} {name} deviates {ratio:.3g} times its bound, in order less than it"
+            )
     return None
 
 
 def _inference(bench: Bench, backend: str, first: Call) -> str | None:
-    case, left = bench.case, first.reply.outputs
-    if not {"running_mean", "running_var"} <= left.keys():
-        return None
-    last = bench.inputs.x[-1:]
-    running = {
-        name: round_to(left[name], case.parameter_dtype) for name in ("running_mean", "running_var")
-    }
-    changes = {"mode": "inference", "steps": 1, "backward": False}
-    inputs = replace(_altered(bench, "inference", {"x": last, **running}), grad_output=None)
+    circumstance = "in inference with the running statistics that training left"
+    left, dtype = first.reply.outputs, bench.case.parameter_dtype
+    tensors = {name: round_to(left[name], dtype) for name in ("running_mean", "running_var")}
+    tensors["x"] = bench.inputs.x[-1:]
+    inputs = _altered(bench, f"inference after {backend}", tensors)
     inputs.files.pop("grad_output", None)
-    inputs = replace(inputs, sha256=f"{inputs.sha256} of {backend}")
-    case = case.model_copy(update=changes)
-    second = bench.subject.run(backend, case, inputs)
-    if second.outcome != "done":
-        return _ended(second, "in inference")
-    reference = Reference(case, inputs)
-    y = reference.measure(second.outputs, second.declarations)["y"]
-    if _sound(y):
+    inputs = replace(inputs, grad_output=None)
+    case = bench.case.model_copy(update={"mode": "inference", "steps": 1, "backward": False})
+    second = _done(circumstance, bench.subject.run(backend, case, inputs))
+    y = Reference(case, inputs).measure(second.outputs, second.declarations)["y"]
+    if _sound(y) or y.worst is None:
         return None
-    worst = y.worst
-    place = (
-        ""
-        if worst is None
-        else f": y[{','.join(map(str, worst.index))}] = {worst.value:.6g}, should be {worst.reference:.6g}"
-    )
-    return f"in inference with the running statistics that training left{place}"
+    index = ",".join(map(str, y.worst.index))
+    return f"{circumstance} y[{index}] = {y.worst.value:.6g}, should be {y.worst.reference:.6g}"
 
 
 _CHECKS: dict[str, Callable[[Bench, str, Call], str | None]] = {
@@ -185,13 +207,16 @@ _CHECKS: dict[str, Callable[[Bench, str, Call], str | None]] = {
 }
 
 
-def _altered(bench: Bench, check: str, tensors: Mapping[str, Array]) -> Inputs:
-    """The case's inputs with a check's values in some tensors, which are saved in the bench's folder."""
+def _altered(bench: Bench, digest: str, tensors: Mapping[str, Array]) -> Inputs:
+    """The case's inputs with other values in some tensors, which are saved in the bench's folder.
+
+    digest: what tells these values from others on the same case.
+    """
     files = dict(bench.inputs.files)
     for name, tensor in tensors.items():
-        files[name] = str(bench.folder / f"{check}-{name}.npy")
+        files[name] = str(bench.folder / f"altered-{name}.npy")
         np.save(files[name], np.ascontiguousarray(tensor))
-    digest = f"{bench.inputs.sha256} {check}"
+    digest = f"{bench.inputs.sha256} {digest}"
     return replace(bench.inputs, **tensors, sha256=digest, files=files)
 
 
@@ -201,16 +226,10 @@ def _sound(measurement: Measurement | None) -> bool:
     return measurement.bound_ratio <= 1 and measurement.nonfinite == 0
 
 
-def _ended(reply: Reply, circumstance: str) -> str:
-    return f"{circumstance} the call ended: {reply.outcome}: {reply.reason}"
-
-
 def _changed(
     bench: Bench, first: Reply, second: Reply, circumstance: str, channels: slice = slice(None)
 ) -> str | None:
     """What changed between two calls in the given channels, in words; None where all bits are the same."""
-    if second.outcome != "done":
-        return _ended(second, circumstance)
 
     def part(reply: Reply) -> dict[str, Array]:
         return {

@@ -217,13 +217,18 @@ class DisagreementRecord(_Record):
 
 
 class ConsistencyRecord(_Record):
-    """One check of what a result must not depend on; reason: what was seen where it does not hold."""
+    """One check of what a result must not depend on.
+
+    reason: what was seen where it does not hold. died: the backend crashed or took too long in it.
+    """
 
     case: str
     backend: ForeignText
     check: str
     ok: bool
     reason: ForeignText | None
+    died: bool
+    detail: ForeignText | None
 
 
 class Summary(_Record):
@@ -242,7 +247,10 @@ class Summary(_Record):
 
 
 class Report(BaseModel):
-    """A bnaudit report. See README.md for what the fields say."""
+    """A bnaudit report. See README.md for what the fields say.
+
+    missing: backends that were asked for by name and are unavailable, with the reason.
+    """
 
     model_config = ConfigDict(frozen=True, title="bnaudit report, version 1")
 
@@ -257,6 +265,7 @@ class Report(BaseModel):
     controls: list[ControlRecord]
     disagreements: list[DisagreementRecord] = []
     consistency: list[ConsistencyRecord] = []
+    missing: dict[ForeignText, ForeignText] = {}
     summary: Summary
     verdict: Verdict
     exit_code: Literal[0, 1, 3, 4, 5, 130]
@@ -342,6 +351,7 @@ class Writer:
         self.controls: list[ControlRecord] = []
         self.disagreements: list[DisagreementRecord] = []
         self.consistency: list[ConsistencyRecord] = []
+        self.missing: dict[str, str] = {}
         self._path = None if path is None else Path(os.path.realpath(path))
         self._command = shlex.join(command)
         # Every record is serialized once: a save only writes these.
@@ -520,7 +530,12 @@ class Writer:
             "ran": sum(counts[status] for status in RAN),
             **counts,
         }
-        return {"summary": summary, "verdict": self._verdict, "exit_code": self._exit_code}
+        return {
+            "missing": {_encodable(name): _encodable(why) for name, why in self.missing.items()},
+            "summary": summary,
+            "verdict": self._verdict,
+            "exit_code": self._exit_code,
+        }
 
 
 def _append(records: bytearray, record: _Record) -> None:

@@ -78,6 +78,8 @@ def _group(given: str, table: Mapping[str, Backend]) -> list[str] | None:
 
 def _resolve(given: str, table: Mapping[str, Backend]) -> list[tuple[str, bool]]:
     """The backends of one name, and whether each must be available."""
+    if given in GROUPS:
+        raise SelectionError(f"--require takes the name of one backend, not the group {given!r}")
     if given in table:
         return [(given, True)]
     if ":" in given:
@@ -89,6 +91,11 @@ def _resolve(given: str, table: Mapping[str, Backend]) -> list[tuple[str, bool]]
         raise SelectionError(
             f"{given!r} names a file; a plug-in is FILE.py:NAME, its function's name"
         )
+    if "." in given and "*" not in given and not any(given in name for name in table):
+        module, _, name = given.rpartition(".")
+        raise SelectionError(
+            f"there is no backend {given!r}; a plug-in is named with a colon: {module}:{name}"
+        )
     short = {name.partition("@")[0] for name in table}
     close = difflib.get_close_matches(given, [*table, *sorted(short), *GROUPS], n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -98,7 +105,11 @@ def _resolve(given: str, table: Mapping[str, Backend]) -> list[tuple[str, bool]]
 def _plugin(given: str) -> str:
     target, _, function = given.rpartition(":")
     name, at, device = function.partition("@")
-    if not target or not name.isidentifier() or (at and device not in ("cpu", "cuda")):
+    if "@" in target or (at and device not in ("cpu", "cuda")):
+        raise SelectionError(
+            f"{given!r} names no device: accepted are @cpu and @cuda, which CUDA_VISIBLE_DEVICES chooses"
+        )
+    if not target or not name.isidentifier():
         raise SelectionError(f"{given!r} is no plug-in; one is FILE.py:NAME or package.module:NAME")
     if target.endswith(".py") and not Path(target).is_file():
         raise SelectionError(f"the plug-in {given!r} is in no file: {target} does not exist")

@@ -20,6 +20,7 @@ description: A channel that holds one value. Its output is the bias.
 input: {distribution: constant, value: [100, 3.3]}
 shape: [32, 64, 56, 56]
 memory_format: [contiguous, channels_last]
+momentum: 0
 controls: {must_fail: [caffe-2016@cpu], must_pass: [exact@cpu]}
 """
 
@@ -28,6 +29,7 @@ name: large-offset
 description: The mean is far from zero.
 input: {distribution: normal, mean: [10, 1e6]}
 shape: [4, 8, 16, 16]
+momentum: 0
 """
 
 ENVIRONMENT = {

@@ -309,3 +309,14 @@ def test_a_required_backend_is_missed_even_where_the_filter_leaves_it_out() -> N
     wanted = [Selected("torch@cpu", gated=True), Selected("torch@cuda", gated=True, required=True)]
     reasons = {"torch@cpu": None, "torch@cuda": "no GPU"}
     assert summarize(1, [result("pass")], [], wanted, reasons).exit_code == 3
+
+
+def test_stop_early_ends_after_a_check_that_does_not_hold(tmp_path: Path) -> None:
+    def behave(backend: str, case: Case, right: dict[str, Any]) -> None:
+        right["y"] += np.float32(1e-6) * len(subject.calls)
+
+    subject = Subject(behave)
+    loaded = scenarios(tmp_path, SCENARIO.format(name="a"))
+    options = {"stop_early": True, "checks": frozenset({"repeat"})}
+    facts, results, _ = run(tmp_path, loaded, GATED, subject, **options)
+    assert len(facts) == len(results) == 1

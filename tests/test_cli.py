@@ -248,6 +248,18 @@ def test_checks_of_consistency_can_be_asked_for_together_and_alone(
     assert mock.given["other"].options["threads"] == 1
 
 
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0", "-1"])
+def test_a_timeout_is_a_positive_number(invoke: Invoke, mock: Mock, seconds: str) -> None:
+    outcome = invoke("run", "s.yaml", "--timeout", seconds)
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+
+
+def test_an_expression_that_matches_nothing_is_said_to(invoke: Invoke, mock: Mock) -> None:
+    outcome = invoke("run", "s.yaml", "-k", "nosuch")
+    assert "no case and backend match -k 'nosuch'\n" in outcome.out
+
+
 @pytest.mark.parametrize(("fail_on", "code"), [("fail", 1), ("never", 0)])
 def test_a_check_that_does_not_hold_fails(
     invoke: Invoke, mock: Mock, fail_on: str, code: int

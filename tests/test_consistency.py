@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -136,7 +137,7 @@ def test_the_order_of_the_batch_may_change_bits_but_not_more(tmp_path: Path) -> 
     assert failing(bench(tmp_path, Stub(behave(1e-7)))) == {}
     reasons = failing(bench(tmp_path, Stub(behave(1e-3))))
     assert reasons.keys() == {"batch-order"}
-    assert reasons["batch-order"].startswith("y with the batch in reverse: ")
+    assert reasons["batch-order"].startswith("with the batch in reverse y deviates ")
 
 
 def test_outputs_of_the_reversed_batch_are_put_back_in_order(tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ def test_training_and_inference_that_mean_different_running_statistics_are_found
 
     reasons = failing(bench(tmp_path, Stub(forget)), checks=("inference",))
     assert reasons["inference"].startswith(
-        "in inference with the running statistics that training left: y["
+        "in inference with the running statistics that training left y["
     )
 
 
@@ -175,6 +176,37 @@ def test_a_second_call_that_dies_is_no_agreement(tmp_path: Path) -> None:
     reasons = failing(bench(tmp_path, Stub(), Stub(behave)))
     expected = "with --threads 1 the call ended: crash: killed by signal 9"
     assert reasons == {"threads": expected}
+
+
+def test_a_death_in_a_check_is_told_from_a_dependence(tmp_path: Path) -> None:
+    def behave(case: Case, inputs: Inputs, right: dict[str, Any]) -> Any:
+        return Reply("timeout", "too long", detail="where it was")
+
+    on = bench(tmp_path, Stub(), Stub(behave))
+    (found,) = examine(on, {"f": first_call(on)}, frozenset({"threads"}))
+    assert isinstance(found, Consistency)
+    assert (found.ok, found.died, found.detail) == (False, True, "where it was")
+
+
+def test_what_a_backend_does_not_take_or_not_return_is_not_checked(tmp_path: Path) -> None:
+    def only_training(case: Case, inputs: Inputs, right: dict[str, Any]) -> Any:
+        return Reply("unsupported", "no inference") if case.mode == "inference" else None
+
+    def only_y(case: Case, inputs: Inputs, right: dict[str, Any]) -> None:
+        del right["running_mean"]
+
+    for behave in (only_training, only_y):
+        on = bench(tmp_path, Stub(behave))
+        assert list(examine(on, {"f": first_call(on)}, frozenset({"inference"}))) == []
+
+
+def test_a_first_call_that_was_not_repeatable_is_enough(tmp_path: Path) -> None:
+    on = bench(tmp_path, Stub())
+    first = first_call(on)
+    moody = Call(replace(first.reply, not_repeatable="y[0] was 1, then nan"), first.measurements)
+    (found,) = examine(on, {"f": moody}, frozenset({"repeat"}))
+    assert isinstance(found, Consistency)
+    assert found.reason == "in a second call y[0] was 1, then nan"
 
 
 def test_two_backends_disagree_beyond_twice_the_tight_bound(tmp_path: Path) -> None:

@@ -396,6 +396,8 @@ def test_reasons_for_what_is_unavailable_are_given_once() -> None:
 def test_the_verdict_says_why(status: str, name: str, code: int, text: str) -> None:
     case = scenarios(OFFSET)[0].cases[0]
     made = report(facts(case), result(case, status=status), verdict=name, exit_code=code)
+    if status == "unavailable":
+        made = made.model_copy(update={"missing": {"torch@cpu": "no torch"}})
     assert verdict(made).plain == text
 
 
@@ -410,8 +412,28 @@ def test_where_nothing_ran_the_reasons_stand_without_being_asked_for() -> None:
     refused = result(case, status="unsupported", reason="no such dtype")
     alone = report(facts(case), refused, verdict="nothing-gated", exit_code=5)
     assert "\n  1 unsupported: no such dtype\n" in show(closing(alone))
-    beside = report(facts(case), refused, result(case, "welford@cpu"))
-    assert "no such dtype" not in show(closing(beside))
+    beside = show(closing(report(facts(case), refused, result(case, "welford@cpu"))))
+    assert "torch@cpu ran in no case: no such dtype\n" in beside
+    assert "1 unsupported: " not in beside
+
+
+def test_what_was_not_returned_is_not_judged_and_said_to_be_so() -> None:
+    trained = OFFSET.replace("momentum: 0", "backward: true")
+    first, second = scenarios(trained)[0].cases
+    partly = {name: judged() for name in ("y", "running_mean", "running_var")}
+    made = report(
+        facts(first),
+        result(first, "torch@cpu", quantities=partly),
+        result(first, "welford@cpu"),
+        facts(second),
+        result(second, "torch@cpu"),
+    )
+    assert (
+        "not judged, because torch@cpu did not return them: grad_input in 2 of 2 cases,\n"
+        "running_mean in 1 of 2 cases and running_var in 1 of 2 cases\n"
+    ) in show(closing(made))
+    whole = {**partly, "grad_input": judged()}
+    assert "not judged" not in show(closing(report(facts(first), result(first, quantities=whole))))
 
 
 def test_dependences_and_disagreements_are_told_with_their_worst_cases() -> None:
@@ -459,6 +481,13 @@ def test_what_is_not_repeatable_is_a_finding_also_where_it_is_sound() -> None:
     text = show(closing(report(facts(case), wrong_too)))
     assert "y[0,17,0,0] = 0.5, should be 0" in text
     assert f"    {again}\n" in text
+
+
+def test_a_death_in_a_check_is_named() -> None:
+    case = scenarios(OFFSET)[0].cases[0]
+    died = Consistency(case, "torch@cpu", "repeat", False, "the call ended", died=True)
+    made = report(facts(case), result(case), died, verdict="incomplete", exit_code=3)
+    assert verdict(made).plain == "INCOMPLETE (exit 3): torch@cpu died in 1 case"
 
 
 def test_a_check_that_does_not_hold_is_the_reason_for_a_failure() -> None:

@@ -75,6 +75,11 @@ def test_names_add_up_in_their_order_and_none_twice() -> None:
     assert not any(s.gated for s in selection[1:])
 
 
+def test_a_group_cannot_be_required() -> None:
+    with pytest.raises(SelectionError, match="not the group 'real'"):
+        select([], ["real"], BACKENDS)
+
+
 def test_a_required_backend_is_added_and_gates_as_it_would_otherwise() -> None:
     selection = select(["welford@cpu"], ["torch@cuda", "gemm"], BACKENDS)
     assert selection[1:] == [
@@ -109,7 +114,10 @@ def test_plugins_are_gated_required_and_named_with_their_device(tmp_path: Path) 
         ("module:", "'module:' is no plug-in"),
         (":name", "':name' is no plug-in"),
         ("module:a b", "is no plug-in"),
-        ("module:name@", "is no plug-in"),
+        ("module:name@", "accepted are @cpu and @cuda"),
+        ("module:name@cuda:0", "accepted are @cpu and @cuda"),
+        ("module:name@gpu", "accepted are @cpu and @cuda"),
+        ("torch.nn.BatchNorm2d", "named with a colon: torch.nn:BatchNorm2d"),
     ],
 )
 def test_a_name_that_means_nothing_is_refused_with_the_nearest_one(

@@ -261,11 +261,12 @@ def counts(report: Report) -> str:
 def verdict(report: Report) -> Text:
     """The last word: "FAIL (exit 1)"."""
     failed = any(r.gated and r.status == "fail" for r in report.results)
+    inconsistent = any(not record.ok for record in report.consistency)
     code = f"exit {report.exit_code}"
     reason = ""
     if report.verdict == "fail" and report.exit_code == 0:
         code += ": --fail-on never"
-    elif any(not record.ok for record in report.consistency) and not failed:
+    elif report.verdict == "fail" and not failed and inconsistent:
         reason = ": a check of consistency does not hold"
     elif report.verdict == "fail" and not failed:
         code += ": --fail-on warn"
@@ -294,6 +295,7 @@ def closing(report: Report, *, verbose: bool = False) -> Iterator[RenderableType
     yield ""
     yield from controls(report)
     yield from consistency(report, verbose=verbose)
+    yield from _gaps(report)
     yield Hanging("", counts(report))
     if verbose or not report.summary.ran:
         reasons = Counter(r.reason for r in report.results if r.status == "unsupported")
@@ -663,10 +665,44 @@ def _absences(results: Sequence[ResultRecord]) -> str:
 def _incomplete(report: Report) -> str:
     gated = [r for r in report.results if r.gated]
     died = Counter(r.backend for r in gated if r.status in ("crash", "timeout"))
+    died.update(record.backend for record in report.consistency if record.died)
     if died:
         return ", ".join(f"{name} died in {_count(n, 'case')}" for name, n in died.items())
-    missing = dict.fromkeys(r.backend for r in report.results if r.status == "unavailable")
-    return f"asked for and unavailable: {', '.join(missing)}"
+    return f"asked for and unavailable: {', '.join(report.missing)}"
+
+
+def _gaps(report: Report) -> Iterator[RenderableType]:
+    """What a gated backend was asked for and did not give: all cases, or some of a case's quantities."""
+    cases = {case.id: case for case in report.cases}
+    gated: dict[str, list[ResultRecord]] = {}
+    for result in report.results:
+        if result.gated and result.status != "unavailable":
+            gated.setdefault(result.backend, []).append(result)
+    for backend, results in gated.items():
+        measured = [r for r in results if r.quantities]
+        if report.summary.ran and all(r.status == "unsupported" for r in results):
+            reasons = dict.fromkeys(r.reason or "no reason given" for r in results)
+            yield Hanging("", Text(f"{backend} ran in no case: {'; '.join(reasons)}", "yellow"))
+        absent = Counter(
+            name
+            for result in measured
+            for name in _owed(cases[result.case])
+            if name not in result.quantities
+        )
+        if absent:
+            parts = [
+                f"{name} in {n} of {_count(len(measured), 'case')}" for name, n in absent.items()
+            ]
+            yield Hanging("", f"not judged, because {backend} did not return them: {_list(parts)}")
+
+
+def _owed(case: CaseRecord) -> Iterator[str]:
+    """Quantities beside y that a BatchNorm computes in such a case."""
+    if case.mode == "training" and case.n > 0 and case.momentum != 0:
+        yield "running_mean"
+        yield "running_var"
+    if case.backward:
+        yield "grad_input"
 
 
 def _list(words: Sequence[str]) -> str:

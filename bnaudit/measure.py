@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -106,6 +106,14 @@ class Reference:
             n=case.n,
             training=training,
         )
+        if not training:
+            # An infinite running variance has no right y: 0 · (x − mean) is as good as a refusal.
+            infinite = np.isposinf(self.running_var)
+            self.norm = replace(
+                self.norm,
+                state=np.where(infinite, UNJUDGED, self.norm.state),
+                y_state=np.where(infinite, UNJUDGED, self.norm.y_state),
+            )
         self.grads: Gradients | None = None
         self._dy = None if inputs.grad_output is None else flat(inputs.grad_output[-1])
         if self._dy is not None:

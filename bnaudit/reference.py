@@ -567,7 +567,7 @@ def moments(dtype: str, x: Array) -> Moments:
 
 
 OK, NONFINITE, UNJUDGED = 0, 1, 2
-"""State of a channel: judged, its right result is not finite, or variance + eps is not positive."""
+"""State of a channel: judged, its right result is not finite, or variance + eps is not positive and finite."""
 
 EXTREME = 400
 """Exponents beyond which float64 values are scaled, so that no intermediate result leaves the range."""

@@ -110,7 +110,7 @@ def _judge_quantity(
 ) -> Judged:
     thresholds = {**DEFAULT_THRESHOLDS, **overrides}
     failures, warnings = [], []
-    unjudged = "not judged: variance + eps is not positive, so nothing is defined"
+    unjudged = "not judged: variance + eps is not positive and finite, so nothing is defined"
     if not m.judged:
         return _judged(m, "pass", None, unjudged)
     if m.nonfinite:

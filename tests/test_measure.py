@@ -559,9 +559,12 @@ mode: inference
 running: {mean: 0, var: 70000}
 """
     given = np.full(3, value, np.float32)
-    verdict, _ = judged(tmp_path, text, running_var=given)
+    zero = np.zeros((2, 3), np.float16)
+    verdict, _ = judged(tmp_path, text, running_var=given, y=zero)
     expected = "pass" if value == math.inf else "fail"
     assert verdict.quantities["running_var"].status == expected
+    assert verdict.quantities["y"].status == "pass"
+    assert "not judged" in (verdict.quantities["y"].reason or "")
 
 
 def test_a_ratio_that_is_not_a_number_is_never_forgotten() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from bnaudit.audit import Selected
+from bnaudit.environments import CURRENT, split
 from bnaudit.worker.backends import Backend
 
 GROUPS = ("real", "specimens", "all")
@@ -26,41 +27,62 @@ class SelectionError(Exception):
 
 
 def select(
-    names: Sequence[str], required: Sequence[str], table: Mapping[str, Backend]
+    names: Sequence[str],
+    required: Sequence[str],
+    table: Mapping[str, Backend],
+    environments: Sequence[str] = (),
 ) -> list[Selected]:
-    """The backends to run, in the order named; without names, the default ones of the table.
+    """The backends to run, in the order named.
 
     Each name is a backend, with or without its device, a plug-in (FILE.py:NAME, package.module:NAME), a
-    glob, or one of GROUPS. Real frameworks and plug-ins are gated, specimens only where they are named
-    themselves. What is named itself must be available; without a device, that on the cpu.
+    glob, or one of GROUPS, and runs in another of the environments with that one's name and a colon in
+    front. Real frameworks and plug-ins are gated, specimens only where they are named themselves. What is
+    named itself must be available; without a device, that on the cpu. Without names the default ones of
+    the table run or, where there are other environments, what these have (see `frameworks`).
     Raises SelectionError.
     """
     chosen: dict[str, Selected] = {}
 
-    def add(name: str, *, gated: bool, required: bool) -> None:
-        earlier = chosen.get(name, Selected(name, gated=False))
+    def add(environment: str, name: str, *, gated: bool, required: bool) -> None:
         real = name not in table or table[name].kind == "real"
-        chosen[name] = Selected(
-            name, gated=earlier.gated or gated or real, required=earlier.required or required
+        full = name if environment == CURRENT else f"{environment}:{name}"
+        earlier = chosen.get(full, Selected(full, gated=False))
+        chosen[full] = Selected(
+            full, gated=earlier.gated or gated or real, required=earlier.required or required
         )
 
     for given in names:
-        members = _group(given, table)
+        environment, rest = split(given, environments)
+        members = _group(rest, table)
         if members is None:
-            for name, must_run in _resolve(given, table):
-                add(name, gated=True, required=must_run)
+            for name, must_run in _resolve(rest, table):
+                add(environment, name, gated=True, required=must_run)
         else:
             for name in members:
-                add(name, gated=False, required=False)
+                add(environment, name, gated=False, required=False)
     if not names:
-        for name, backend in table.items():
-            if backend.default:
-                add(name, gated=False, required=False)
+        for environment in environments or [CURRENT]:
+            for name in frameworks(table) if environments else table:
+                if environments or table[name].default:
+                    add(environment, name, gated=False, required=False)
     for given in required:
-        for name, must_run in _resolve(given, table):
+        environment, rest = split(given, environments)
+        for name, must_run in _resolve(rest, table):
             if must_run:
-                add(name, gated=False, required=True)
+                add(environment, name, gated=False, required=True)
     return list(chosen.values())
+
+
+def frameworks(table: Mapping[str, Backend]) -> list[str]:
+    """What is run of an environment of which no backend is named: real frameworks, as their users call them.
+
+    Of torch, whose other paths are forced ones, only the default.
+    """
+    return [
+        name
+        for name, backend in table.items()
+        if backend.kind == "real" and (backend.default or not name.startswith("torch"))
+    ]
 
 
 def _group(given: str, table: Mapping[str, Backend]) -> list[str] | None:
@@ -105,7 +127,7 @@ def _resolve(given: str, table: Mapping[str, Backend]) -> list[tuple[str, bool]]
 def _plugin(given: str) -> str:
     target, _, function = given.rpartition(":")
     name, at, device = function.partition("@")
-    if "@" in target or (at and device not in ("cpu", "cuda")):
+    if ("@" in target and not target.endswith(".py")) or (at and device not in ("cpu", "cuda")):
         raise SelectionError(
             f"{given!r} names no device: accepted are @cpu and @cuda, which CUDA_VISIBLE_DEVICES chooses"
         )

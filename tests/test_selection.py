@@ -75,6 +75,31 @@ def test_names_add_up_in_their_order_and_none_twice() -> None:
     assert not any(s.gated for s in selection[1:])
 
 
+def test_a_backend_of_another_environment_has_its_name_in_front() -> None:
+    chosen = select(
+        ["old:torch", "old:two-pass*", "my.module:f", "new:my.module:f"],
+        ["new:exact"],
+        BACKENDS,
+        ["old", "new"],
+    )
+    assert chosen == [
+        Selected("old:torch@cpu", gated=True, required=True),
+        Selected("old:torch@cuda", gated=True, required=False),
+        Selected("old:two-pass@cpu", gated=False, required=False),
+        Selected("old:two-pass-sequential@cpu", gated=False, required=False),
+        Selected("my.module:f@cpu", gated=True, required=True),
+        Selected("new:my.module:f@cpu", gated=True, required=True),
+        Selected("new:exact@cpu", gated=False, required=True),
+    ]
+
+
+def test_without_names_the_frameworks_of_other_environments_are_what_is_gated() -> None:
+    chosen = select([], [], BACKENDS, ["old"])
+    assert Selected("old:torch@cpu", gated=True) in chosen
+    assert all(s.gated and s.name.startswith("old:") for s in chosen)
+    assert not any("torch-" in s.name for s in chosen)
+
+
 def test_a_group_cannot_be_required() -> None:
     with pytest.raises(SelectionError, match="not the group 'real'"):
         select([], ["real"], BACKENDS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,12 +90,22 @@ class Checked(Protocol):
     """What the verdict needs to know of a check of consistency."""
 
     @property
-    def ok(self) -> bool:
-        """Whether it holds."""
+    def ok(self) -> bool | None:
+        """Whether it holds; None where it was not made."""
 
     @property
     def died(self) -> bool:
         """Whether the backend died in it."""
+
+    @property
+    def check(self) -> str:
+        """Its name."""
+
+
+def unmade(checks: Sequence[Checked], asked: Collection[str]) -> list[str]:
+    """The checks that were asked for and made in no case."""
+    made = {check.check for check in checks if check.ok is not None}
+    return [name for name in asked if name not in made]
 
 
 Event = CaseFacts | Result | ControlOutcome | Disagreement | Consistency
@@ -153,7 +163,7 @@ def run(
 def _is_failure(event: Event) -> bool:
     """Whether it decides that the run fails."""
     if isinstance(event, Consistency):
-        return not event.ok
+        return event.ok is False
     return isinstance(event, Result) and event.gated and event.status == "fail"
 
 
@@ -187,6 +197,9 @@ def _run_case(
             math.nan if reference is None else reference.condition_number,
             None if inputs is None else inputs.sha256,
         )
+        # Outputs that nothing is compared with would only keep their space.
+        available = sum(b.gated and unavailable[b.name] is None for b in backends)
+        is_compared = bool(checks) or available > 1
         fresh: dict[str, Call] = {}
         for backend in backends:
             reason = unavailable[backend.name]
@@ -202,7 +215,7 @@ def _run_case(
                     kept = done[case.key, backend.name] = replace(
                         call, reply=replace(call.reply, outputs={})
                     )
-                    if backend.gated and call.reply.outcome == "done":
+                    if is_compared and backend.gated and call.reply.outcome == "done":
                         fresh[backend.name] = call
                     call = kept
                 outcome = _outcome(call, case, reference)
@@ -298,12 +311,14 @@ def summarize(
     reasons: Mapping[str, str | None],
     *,
     checks: Sequence[Checked] = (),
+    asked: Collection[str] = (),
     fail_on: str = "fail",
     interrupted: bool = False,
 ) -> Summary:
     """Counts, verdict and exit code. Of the exit codes that apply, the largest wins.
 
-    reasons: why a selected backend is unavailable, or None. checks: those of consistency that were made.
+    reasons: why a selected backend is unavailable, or None. checks: those of consistency.
+    asked: names of checks that were asked for one by one, and so must have been made.
     fail_on: "fail", "warn" (a gated warn fails too) or "never" (a deviation alone does not fail).
     """
     counts = {status: sum(r.status == status for r in results) for status in STATUSES}
@@ -312,12 +327,12 @@ def summarize(
     missing = any(backend.required and reasons.get(backend.name) for backend in selection)
     ran = statuses & {"pass", "warn", "fail", "crash", "timeout"}
     died = statuses & {"crash", "timeout"} or any(check.died for check in checks)
-    inconsistent = any(not check.ok for check in checks)
+    inconsistent = any(check.ok is False for check in checks)
     if interrupted:
         verdict, code = "interrupted", 130
     elif not all(control.ok for control in controls):
         verdict, code = "untrusted", 4
-    elif died or missing:
+    elif died or missing or unmade(checks, asked):
         verdict, code = "incomplete", 3
     elif inconsistent or "fail" in statuses or (fail_on == "warn" and "warn" in statuses):
         verdict, code = "fail", 0 if fail_on == "never" else 1

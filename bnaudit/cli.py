@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from bnaudit.audit import ControlOutcome, Event, Result, Selected
+    from bnaudit.compare import FailOn
     from bnaudit.probe import MemoryFormat
     from bnaudit.progress import CaseProgress
     from bnaudit.report import CaseRecord, Environment, Report, ResultRecord, Writer
@@ -286,6 +287,7 @@ def run(
             results, controls, end = _follow(
                 events, writer, screen, CaseProgress(cases, quiet=quiet)
             )
+        writer.unmade = audit.unmade(writer.consistency, checks)
         summary = audit.summarize(
             len(writer.cases),
             results,
@@ -293,6 +295,7 @@ def run(
             selected,
             reasons,
             checks=writer.consistency,
+            asked=checks,
             fail_on=fail_on,
             interrupted=end is not None,
         )
@@ -432,6 +435,96 @@ class _Screen:
     def say(self, text: str) -> None:
         """Prints a remark."""
         self._console.print(text, style="dim")
+
+
+# --- compare ---------------------------------------------------------------------------------------
+
+
+@cli.command(
+    epilog="Exit: 0 no regression, 1 regression, 2 usage, 3 inputs differ, 5 nothing in common, 130."
+)
+@click.argument("old")
+@click.argument("new")
+@click.option(
+    "--factor",
+    type=click.FloatRange(min=1),
+    default=4.0,
+    show_default=True,
+    help="Growth of T from which on a deviation above the tight bound is a regression.",
+)
+@click.option(
+    "--fail-on",
+    type=click.Choice(["regression", "change", "never"]),
+    default="regression",
+    show_default=True,
+    help="What exits with 1, in a gated backend.",
+)
+@click.option(
+    "--map",
+    "renamed",
+    multiple=True,
+    metavar="OLD=NEW",
+    help="Compare OLD's backend with NEW's backend of another name; repeatable.",
+)
+@click.option("--json", "target", metavar="FILE", help="Save the comparison as JSON; - for stdout.")
+@click.option("--markdown", metavar="FILE", help="Save it as Markdown; - for stdout.")
+def compare(
+    old: str,
+    new: str,
+    factor: float,
+    fail_on: FailOn,
+    renamed: tuple[str, ...],
+    target: str | None,
+    markdown: str | None,
+) -> int:
+    """Shows what changed between two reports, the worst first.
+
+    OLD and NEW are files that bnaudit run --json wrote.
+    """
+    context = click.get_current_context()
+    if not math.isfinite(factor):
+        raise click.UsageError(f"--factor takes a finite number, not {factor}", context)
+    if target == "-" == markdown:
+        raise click.UsageError("only one of --json and --markdown can be -", context)
+    with _explained(), _interruptible():
+        from bnaudit import compare as comparing
+        from bnaudit.render import comparison as rendering
+        from bnaudit.report import load
+
+        names = {}
+        for pair in renamed:
+            before, equals, after = pair.partition("=")
+            if not (before and equals and after):
+                raise click.UsageError(f"--map takes OLD=NEW, not {pair!r}", context)
+            names[before] = after
+        reports = load(Path(old)), load(Path(new))
+        try:
+            found = comparing.compare(*reports, factor=factor, renamed=names, fail_on=fail_on)
+        except comparing.ComparisonError as error:
+            raise click.UsageError(str(error), context) from error
+        cases = {case.id: case for case in reports[1].cases}
+        console = _console(stderr="-" in (target, markdown))
+        for part in rendering.comparison(found, cases):
+            console.print(part)
+        for destination, text in (
+            (target, f"{found.model_dump_json(indent=1)}\n"),
+            (markdown, rendering.markdown(found, cases)),
+        ):
+            _save(destination, text)
+        return found.exit_code
+
+
+def _save(destination: str | None, text: str) -> None:
+    """Writes a text where an option says: nowhere, to stdout (-) or into a file."""
+    from bnaudit.report import ReportError
+
+    if destination == "-":
+        click.echo(text, nl=False)
+    elif destination is not None:
+        try:
+            Path(destination).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ReportError(f"cannot write {destination}: {error.strerror}") from error
 
 
 # --- probe -----------------------------------------------------------------------------------------

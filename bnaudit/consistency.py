@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -28,6 +30,9 @@ from bnaudit.subject import Reply, Subject
 from bnaudit.worker.execution import IN_FULL, difference
 from bnaudit.worker.rounding import round_to
 
+Check: TypeAlias = "Callable[[Bench, str, Call], str | None]"
+"""Says what a result depends on that it must not; None where it does not."""
+
 CHECKS = ("repeat", "threads", "channels", "batch-order", "inference", "backends")
 
 
@@ -35,13 +40,14 @@ CHECKS = ("repeat", "threads", "channels", "batch-order", "inference", "backends
 class Consistency:
     """What came of one check of one backend on one case; the reason where it does not hold.
 
-    died: the call that the check needs crashed or took too long; detail: its traceback or last words.
+    ok: None where the check could not be made. died: the call that the check needs crashed or took too
+    long; detail: its traceback or last words.
     """
 
     case: Case
     backend: str
     check: str
-    ok: bool
+    ok: bool | None
     reason: str | None = None
     died: bool = False
     detail: str | None = None
@@ -97,21 +103,32 @@ def examine(
     if found is not None:
         yield found
         if "backends" in checks:
-            yield _judged(found)
+            yield _judged(found, calls)
     for backend, first in calls.items():
         for check, make in _CHECKS.items():
-            if check in checks and _applies(check, case, first):
-                try:
-                    reason = make(bench, backend, first)
-                except _Ended as end:
-                    if end.reply.outcome != "unsupported":
-                        died = end.reply.outcome in ("crash", "timeout")
-                        reason = f"{end} the call ended: {end.reply.outcome}: {end.reply.reason}"
-                        yield Consistency(
-                            case, backend, check, False, reason, died, end.reply.detail
-                        )
-                else:
-                    yield Consistency(case, backend, check, reason is None, reason)
+            if check in checks and _applies(check, case):
+                yield _made(bench, backend, check, make, first)
+
+
+def _made(bench: Bench, backend: str, check: str, make: Check, first: Call) -> Consistency:
+    outcome = partial(Consistency, bench.case, backend, check)
+    try:
+        reason = make(bench, backend, first)
+    except _NotMade as obstacle:
+        return outcome(None, str(obstacle))
+    except OSError as error:  # no room for what is changed: this check's loss alone
+        return outcome(None, f"the changed inputs could not be written: {error.strerror or error}")
+    except _Ended as end:
+        reply = end.reply
+        reason = f"{end} the call ended: {reply.outcome}: {reply.reason}"
+        if reply.outcome == "unsupported":
+            return outcome(None, reason)
+        return outcome(False, reason, reply.outcome in ("crash", "timeout"), reply.detail)
+    return outcome(reason is None, reason)
+
+
+class _NotMade(Exception):  # noqa: N818 - an outcome
+    """A check that cannot be made; the message says why."""
 
 
 class _Ended(Exception):  # noqa: N818 - an outcome
@@ -122,12 +139,11 @@ class _Ended(Exception):  # noqa: N818 - an outcome
         self.reply = reply
 
 
-def _applies(check: str, case: Case, first: Call) -> bool:
+def _applies(check: str, case: Case) -> bool:
     if check == "channels":
         return case.channels > 1 and case.n > 0
     if check == "inference":
-        left = {"running_mean", "running_var"} <= first.reply.outputs.keys()
-        return case.mode == "training" and case.n > 0 and left
+        return case.mode == "training" and case.n > 0
     return check != "batch-order" or case.shape[0] > 1
 
 
@@ -184,6 +200,11 @@ def _batch_order(bench: Bench, backend: str, first: Call) -> str | None:
 def _inference(bench: Bench, backend: str, first: Call) -> str | None:
     circumstance = "in inference with the running statistics that training left"
     left, dtype = first.reply.outputs, bench.case.parameter_dtype
+    for name in ("running_mean", "running_var"):
+        if name not in left:
+            raise _NotMade(f"{name} is not returned")
+        if not _sound(first.measurements.get(name)):
+            return f"{name}, with which inference would go on, is wrong after training already"
     tensors = {name: round_to(left[name], dtype) for name in ("running_mean", "running_var")}
     tensors["x"] = bench.inputs.x[-1:]
     inputs = _altered(bench, f"inference after {backend}", tensors)
@@ -198,7 +219,7 @@ def _inference(bench: Bench, backend: str, first: Call) -> str | None:
     return f"{circumstance} y[{index}] = {y.worst.value:.6g}, should be {y.worst.reference:.6g}"
 
 
-_CHECKS: dict[str, Callable[[Bench, str, Call], str | None]] = {
+_CHECKS: dict[str, Check] = {
     "repeat": _repeat,
     "threads": _threads,
     "channels": _channels,
@@ -243,22 +264,29 @@ def _changed(
 
 def _disagreement(bench: Bench, calls: Mapping[str, Call]) -> Disagreement | None:
     """Where two backends differ most, in units of twice the tight bound; None for fewer than two."""
+    has_statistics = bench.case.mode == "training" and bench.case.n > 0
     found = []
     for a, b in combinations(calls, 2):
         first, second = calls[a].reply.outputs, calls[b].reply.outputs
-        for name in ("y", "batch_mean"):
+        for name in ("y", "batch_mean") if has_statistics else ("y",):
             if name in first and name in second:
                 error, ratio = bench.reference.difference(name, first[name], second[name])
                 found.append(Disagreement(bench.case, name, (a, b), error, ratio))
     return max(found, key=lambda disagreement: disagreement.ratio, default=None)
 
 
-def _judged(found: Disagreement) -> Consistency:
-    """Whether two backends are no further apart than two good ones can be."""
-    first, second = found.backends
+def _judged(found: Disagreement, calls: Mapping[str, Call]) -> Consistency:
+    """Whether two backends are no further apart than two good ones can be; if not, of the worse one."""
+
+    def tight_ratio(backend: str) -> float:
+        ratio = calls[backend].measurements[found.quantity].tight_ratio
+        return 0.0 if ratio is None else ratio
+
+    better, worse = sorted(found.backends, key=tight_ratio)
+    if found.ratio <= 1:
+        return Consistency(found.case, worse, "backends", True)
     reason = (
-        f"{found.quantity} differs from {second}'s by {found.max_abs_difference:.3g}, {found.ratio:.3g} "
+        f"{found.quantity} differs from {better}'s by {found.max_abs_difference:.3g}, {found.ratio:.3g} "
         "times what two good implementations can differ by"
     )
-    ok = found.ratio <= 1
-    return Consistency(found.case, first, "backends", ok, None if ok else reason)
+    return Consistency(found.case, worse, "backends", False, reason)

@@ -24,6 +24,7 @@ from bnaudit.deviation import (
 )
 from bnaudit.inputs import Inputs
 from bnaudit.reference import (
+    NONFINITE,
     OK,
     UNJUDGED,
     Array,
@@ -219,7 +220,9 @@ class Reference:
         tight = 2 * batch.mean_tight
         a, b = first.astype(np.float64), second.astype(np.float64)
         with np.errstate(invalid="ignore"):
-            same = (a == b) | (np.isnan(a) & np.isnan(b)) | (norm.state != OK)
+            # A constant channel has a mean also where eps = 0 leaves it without a y.
+            undefined = norm.state == NONFINITE
+            same = (a == b) | (np.isnan(a) & np.isnan(b)) | undefined
             error = np.where(same, 0.0, np.abs(a - b))
             error = np.where(np.isfinite(error), error, math.inf)
             ratio = np.where(same, 0.0, error / (2 * tight))

@@ -219,13 +219,14 @@ class DisagreementRecord(_Record):
 class ConsistencyRecord(_Record):
     """One check of what a result must not depend on.
 
-    reason: what was seen where it does not hold. died: the backend crashed or took too long in it.
+    ok: null where it could not be made. reason: what was seen where it does not hold. died: the backend
+    crashed or took too long in it.
     """
 
     case: str
     backend: ForeignText
     check: str
-    ok: bool
+    ok: bool | None
     reason: ForeignText | None
     died: bool
     detail: ForeignText | None
@@ -249,7 +250,8 @@ class Summary(_Record):
 class Report(BaseModel):
     """A bnaudit report. See README.md for what the fields say.
 
-    missing: backends that were asked for by name and are unavailable, with the reason.
+    unmade: checks of consistency that were asked for by name and made in no case. missing: backends that
+    were asked for by name and are unavailable, with the reason.
     """
 
     model_config = ConfigDict(frozen=True, title="bnaudit report, version 1")
@@ -265,6 +267,7 @@ class Report(BaseModel):
     controls: list[ControlRecord]
     disagreements: list[DisagreementRecord] = []
     consistency: list[ConsistencyRecord] = []
+    unmade: list[str] = []
     missing: dict[ForeignText, ForeignText] = {}
     summary: Summary
     verdict: Verdict
@@ -351,6 +354,7 @@ class Writer:
         self.controls: list[ControlRecord] = []
         self.disagreements: list[DisagreementRecord] = []
         self.consistency: list[ConsistencyRecord] = []
+        self.unmade: list[str] = []
         self.missing: dict[str, str] = {}
         self._path = None if path is None else Path(os.path.realpath(path))
         self._command = shlex.join(command)
@@ -531,6 +535,7 @@ class Writer:
             **counts,
         }
         return {
+            "unmade": list(self.unmade),
             "missing": {_encodable(name): _encodable(why) for name, why in self.missing.items()},
             "summary": summary,
             "verdict": self._verdict,

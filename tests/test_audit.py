@@ -311,6 +311,29 @@ def test_a_required_backend_is_missed_even_where_the_filter_leaves_it_out() -> N
     assert summarize(1, [result("pass")], [], wanted, reasons).exit_code == 3
 
 
+@pytest.mark.parametrize(
+    ("checks", "asked", "verdict", "code"),
+    [
+        ([], [], "pass", 0),
+        ([("repeat", True, False)], ["repeat"], "pass", 0),
+        ([("repeat", False, False)], ["repeat"], "fail", 1),
+        ([("repeat", False, True)], [], "incomplete", 3),
+        ([("repeat", None, False)], [], "pass", 0),
+        ([("repeat", None, False)], ["repeat"], "incomplete", 3),
+        ([("repeat", True, False), ("repeat", None, False)], ["repeat"], "pass", 0),
+        ([], ["backends"], "incomplete", 3),
+    ],
+)
+def test_checks_of_consistency_decide_on_the_exit_code(
+    checks: list[tuple[str, bool | None, bool]], asked: list[str], verdict: str, code: int
+) -> None:
+    case = Any
+    made = [SimpleNamespace(check=check, ok=ok, died=died) for check, ok, died in checks]
+    results = [Result(case, "torch@cpu", "current", "pass", gated=True)]  # type: ignore[arg-type]
+    found = summarize(1, results, [], GATED, {}, checks=made, asked=asked)
+    assert (found.verdict, found.exit_code) == (verdict, code)
+
+
 def test_stop_early_ends_after_a_check_that_does_not_hold(tmp_path: Path) -> None:
     def behave(backend: str, case: Case, right: dict[str, Any]) -> None:
         right["y"] += np.float32(1e-6) * len(subject.calls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -148,21 +149,22 @@ def test_outputs_of_the_reversed_batch_are_put_back_in_order(tmp_path: Path) -> 
     assert failing(bench(tmp_path, Stub(behave))).keys() == {"batch-order"}
 
 
-def test_training_and_inference_that_mean_different_running_statistics_are_found(
+def test_inference_that_reads_other_running_statistics_than_training_left_is_found(
     tmp_path: Path,
 ) -> None:
-    def behave(case: Case, inputs: Inputs, right: dict[str, Any]) -> None:
-        if case.mode == "training":  # what cuDNN 4 kept there
+    def confuse(case: Case, inputs: Inputs, right: dict[str, Any]) -> None:
+        if case.mode == "training":  # stored as cuDNN 4 did, and read as a variance
             right["running_var"] = 1 / np.sqrt(right["running_var"])
-
-    assert failing(bench(tmp_path, Stub()), checks=("inference",)) == {}
-    reasons = failing(bench(tmp_path, Stub(behave)), checks=("inference",))
-    assert reasons == {}  # it is consistent with itself: only the running statistics are wrong
 
     def forget(case: Case, inputs: Inputs, right: dict[str, Any]) -> None:
         if case.mode == "inference":
             right["y"][...] *= 2
 
+    assert failing(bench(tmp_path, Stub()), checks=("inference",)) == {}
+    reasons = failing(bench(tmp_path, Stub(confuse)), checks=("inference",))
+    assert reasons["inference"].startswith(
+        "running_var, with which inference would go on, is wrong"
+    )
     reasons = failing(bench(tmp_path, Stub(forget)), checks=("inference",))
     assert reasons["inference"].startswith(
         "in inference with the running statistics that training left y["
@@ -188,16 +190,49 @@ def test_a_death_in_a_check_is_told_from_a_dependence(tmp_path: Path) -> None:
     assert (found.ok, found.died, found.detail) == (False, True, "where it was")
 
 
-def test_what_a_backend_does_not_take_or_not_return_is_not_checked(tmp_path: Path) -> None:
+def test_a_check_that_cannot_be_made_does_not_hold_and_says_why(tmp_path: Path) -> None:
     def only_training(case: Case, inputs: Inputs, right: dict[str, Any]) -> Any:
         return Reply("unsupported", "no inference") if case.mode == "inference" else None
 
     def only_y(case: Case, inputs: Inputs, right: dict[str, Any]) -> None:
         del right["running_mean"]
 
-    for behave in (only_training, only_y):
+    for behave, words in (
+        (only_training, "unsupported: no inference"),
+        (only_y, "is not returned"),
+    ):
         on = bench(tmp_path, Stub(behave))
-        assert list(examine(on, {"f": first_call(on)}, frozenset({"inference"}))) == []
+        (found,) = examine(on, {"f": first_call(on)}, frozenset({"inference"}))
+        assert isinstance(found, Consistency)
+        assert found.ok is None
+        assert words in (found.reason or "")
+
+
+def test_no_room_for_changed_inputs_costs_that_check_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    on = bench(tmp_path, Stub())
+    first = first_call(on)
+    monkeypatch.setattr("bnaudit.consistency.np.save", refuse)
+    found = list(examine(on, {"f": first}, frozenset({"channels", "threads"})))
+    assert {f.check: f.ok for f in found if isinstance(f, Consistency)} == {
+        "channels": None,
+        "threads": True,
+    }
+
+
+def test_two_backends_that_return_batch_statistics_in_inference_are_compared_in_y(
+    tmp_path: Path,
+) -> None:
+    on = bench(tmp_path, Stub(), text=TEXT + "mode: inference\n")
+    call = first_call(on)
+    call.reply.outputs["batch_mean"] = np.zeros(3, np.float32)
+    (found,) = examine(on, {"a": call, "b": call}, frozenset())
+    assert isinstance(found, Disagreement)
+    assert (found.quantity, found.ratio) == ("y", 0)
 
 
 def test_a_first_call_that_was_not_repeatable_is_enough(tmp_path: Path) -> None:
@@ -231,8 +266,8 @@ def test_two_backends_disagree_beyond_twice_the_tight_bound(tmp_path: Path) -> N
         1e-3 * np.abs(first_call(on).reply.outputs["y"]).max(), rel=1e-3
     )
     assert far.ratio > 1
-    assert not broken.ok
-    assert "y differs from b's by" in broken.reason
+    assert (broken.ok, broken.backend) == (False, "b")  # which is the one that is off
+    assert "y differs from a's by" in broken.reason
 
 
 def test_the_difference_of_finite_and_not_is_infinite(tmp_path: Path) -> None:

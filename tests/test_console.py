@@ -483,6 +483,20 @@ def test_what_is_not_repeatable_is_a_finding_also_where_it_is_sound() -> None:
     assert f"    {again}\n" in text
 
 
+def test_a_check_that_was_not_made_is_listed_and_a_traceback_shown_when_verbose() -> None:
+    case = scenarios(OFFSET)[0].cases[0]
+    events = [
+        Consistency(case, "torch@cpu", "inference", None, "running_mean is not returned"),
+        Consistency(case, "torch@cpu", "repeat", False, "it died", True, "Traceback: line 7"),
+    ]
+    made = report(facts(case), result(case), *events)
+    text = show(closing(made))
+    assert "consistency 0/1 checks hold\n" in text
+    assert "inference torch@cpu: not made in 1 case: running_mean is not returned\n" in text
+    assert "line 7" not in text
+    assert "line 7" in show(closing(made, verbose=True))
+
+
 def test_a_death_in_a_check_is_named() -> None:
     case = scenarios(OFFSET)[0].cases[0]
     died = Consistency(case, "torch@cpu", "repeat", False, "the call ended", died=True)

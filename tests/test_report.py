@@ -70,7 +70,7 @@ def test_a_report_has_the_documented_fields(writer: Writer, tmp_path: Path) -> N
     document = read(tmp_path / "report.json")
     assert list(document) == named(
         "schema_version bnaudit_version started duration_seconds command environments cases results "
-        "controls disagreements consistency missing summary verdict exit_code"
+        "controls disagreements consistency unmade missing summary verdict exit_code"
     )
     assert document["command"] == "bnaudit run 'a b'"
     assert list(document["cases"][0]) == named(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from rich.console import RenderableType
@@ -47,12 +48,27 @@ def _checks(
 ) -> Iterator[RenderableType]:
     if not records:
         return
-    failed = [record for record in records if not record.ok]
+    made = [record for record in records if record.ok is not None]
+    failed = [record for record in made if not record.ok]
     # "backends" is the disagreement, and has been told.
     told = [record for record in failed if record.check != "backends"]
-    yield f"consistency {len(records) - len(failed)}/{len(records)} checks hold"
+    yield f"consistency {len(made) - len(failed)}/{len(made)} checks hold"
+    for line in _grouped(told, cases, verbose):
+        yield Hanging("  ", line)
+    unmade = Counter(
+        (record.backend, record.check, record.reason) for record in records if record.ok is None
+    )
+    for (backend, check, reason), count in unmade.items():
+        cases_ = f"{count} case{'s' * (count > 1)}"
+        yield Hanging("  ", f"{check} {backend}: not made in {cases_}: {reason}")
+
+
+def _grouped(
+    records: list[ConsistencyRecord], cases: dict[str, CaseRecord], verbose: bool
+) -> Iterator[Text]:
+    """One of each scenario, backend and check; all of them, with tracebacks, if verbose."""
     groups: dict[tuple[str, ...], list[ConsistencyRecord]] = {}
-    for record in told:
+    for record in records:
         key = (record.backend, record.check, cases[record.case].scenario)
         groups.setdefault((*key, record.case) if verbose else key, []).append(record)
     for (backend, check, scenario, *_), group in groups.items():
@@ -62,4 +78,6 @@ def _checks(
         text = Text.assemble(
             (f"{check} {backend}", "red"), f" {place}: {group[0].reason or 'no reason given'}{more}"
         )
-        yield Hanging("  ", text)
+        if verbose and group[0].detail:
+            text.append(f"\n{group[0].detail.rstrip()}", style="dim")
+        yield text

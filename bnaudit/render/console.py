@@ -261,7 +261,7 @@ def counts(report: Report) -> str:
 def verdict(report: Report) -> Text:
     """The last word: "FAIL (exit 1)"."""
     failed = any(r.gated and r.status == "fail" for r in report.results)
-    inconsistent = any(not record.ok for record in report.consistency)
+    inconsistent = any(record.ok is False for record in report.consistency)
     code = f"exit {report.exit_code}"
     reason = ""
     if report.verdict == "fail" and report.exit_code == 0:
@@ -668,7 +668,9 @@ def _incomplete(report: Report) -> str:
     died.update(record.backend for record in report.consistency if record.died)
     if died:
         return ", ".join(f"{name} died in {_count(n, 'case')}" for name, n in died.items())
-    return f"asked for and unavailable: {', '.join(report.missing)}"
+    if report.missing:
+        return f"asked for and unavailable: {', '.join(report.missing)}"
+    return f"asked for and checked in no case: {', '.join(report.unmade)}"
 
 
 def _gaps(report: Report) -> Iterator[RenderableType]:

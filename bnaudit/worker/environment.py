@@ -32,7 +32,7 @@ ISA = ("FMA3", "AVX2", "AVX512F", "AVX512_SKX", "AVX512_ICL", "AVX512_SPR", "ASI
 
 
 def describe(library: str) -> dict[str, Any]:
-    """The environment, with devices and flags of `library` ("numpy", "torch") where that is loaded."""
+    """The environment, with devices and flags of `library` where that is loaded."""
     found: dict[str, Any] = {"devices": [], "flags": {}}
     modules = {backend.module for backend in BACKENDS.values() if backend.library == library}
     for name in sorted(modules):

@@ -1,7 +1,7 @@
 """The built-in backends, by name. A literal table: nothing registers itself.
 
 Each module is imported only when one of its backends is asked for. It holds the named functions, which
-have the signature of a plug-in (see `bnaudit.worker.protocol`), and `unavailable(name)`, which says why a
+have the signature of a plug-in (see `bnaudit.worker.plugin`), and `unavailable(name)`, which says why a
 backend cannot run here, or None. A function may carry these attributes:
 
 * `widened = True`: 16-bit tensors arrive exactly widened to float32, per-channel arrays in the statistics

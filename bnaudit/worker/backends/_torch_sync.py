@@ -73,6 +73,9 @@ INDEX_MAX = 2**31 - 1
 _groups: dict[tuple[str, tuple[int, ...]], Group] = {}
 
 
+describe = _torch.describe
+
+
 def unavailable(name: str) -> str | None:
     """Why a backend of this module cannot run here, or None."""
     reason = _torch.unavailable("torch@cuda" if name.endswith("@cuda") else "torch@cpu")

@@ -25,7 +25,7 @@ from bnaudit.consistency import Consistency
 from bnaudit.report import json_schema, load
 from bnaudit.worker.backends import BACKENDS
 
-COMMANDS = ("run", "list", "probe", "schema", "doctor")
+COMMANDS = ("run", "list", "compare", "probe", "schema", "doctor")
 
 
 class Outcome:

@@ -184,7 +184,8 @@ class Subject:
     def environment(self) -> dict[str, Any]:
         """What backends run on here, as in a report. Raises SubjectError where no worker can run.
 
-        Devices and flags are those of the libraries whose backends were described before.
+        Devices and flags are those of the libraries whose backends were described before, except for
+        plug-ins that break their worker.
         """
         found: dict[str, Any] = {}
         for key in ["numpy", *sorted(self._workers.keys() - {"numpy"})]:
@@ -192,13 +193,11 @@ class Subject:
             library = "torch" if plugin.is_plugin(key) else key
             try:
                 with self._worker(key) as worker:
-                    request = {"op": "environment", "library": library}
-                    answer = worker.request(request, START_LIMIT)
+                    part = worker.environment(library)
             except _Failure as failure:
+                if plugin.is_plugin(key):
+                    continue  # running it will tell
                 raise SubjectError(f"{self._python}: {failure.reason}") from failure
-            if answer["outcome"] != "done":
-                raise SubjectError(f"{self._python}: {answer['reason']}")
-            part = answer["environment"]
             found = found or part
             found["devices"] += [d for d in part["devices"] if d not in found["devices"]]
             found["flags"] = {**found["flags"], **part["flags"]}
@@ -237,11 +236,9 @@ class Subject:
         """Loads backends of one worker. Those that kill it are available: running them shows what they do."""
         if key == "":
             return {name: f"there is no backend {name}" for name in names}
-        request = {"op": "describe", "backends": list(names), "folder": self._folder}
         try:
             with self._worker(key) as worker:
-                reasons: dict[str, str | None] = worker.request(request, START_LIMIT)["unavailable"]
-                return reasons
+                return worker.unavailable(names, self._folder)
         except _NoStart as failure:
             return dict.fromkeys(names, f"no worker starts in {self._python}: {failure.reason}")
         except _Failure as failure:
@@ -284,6 +281,9 @@ class _Worker:
         self._pending = b""
         self._stderr = b""
         script = Path(worker_package.__file__).parent
+        # Apart from each other, so that a plug-in that clears the folder it runs in does no harm.
+        self._folder = Path(tempfile.mkdtemp(prefix="worker-", dir=scratch))
+        self._outputs = Path(tempfile.mkdtemp(prefix="outputs-", dir=scratch))
         try:
             # No -I: on clusters libraries come by way of PYTHONPATH and the user's site-packages.
             self._process = subprocess.Popen(
@@ -292,13 +292,13 @@ class _Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                cwd=scratch,
+                cwd=self._folder,
                 env=environment,
                 start_new_session=True,
             )
         except OSError as error:
+            self._remove_files()
             raise _NoStart("crash", str(error)) from error
-        self._outputs = Path(tempfile.mkdtemp(prefix="outputs-", dir=scratch))
         self._stdin, self._stdout, self._stderr_pipe = (
             _pipe(stream)
             for stream in (self._process.stdin, self._process.stdout, self._process.stderr)
@@ -338,6 +338,26 @@ class _Worker:
         except OSError as error:
             raise self._death() from error
         return self._receive(limit)
+
+    def unavailable(self, names: Sequence[str], folder: str) -> dict[str, str | None]:
+        """Loads backends; why each cannot run here, or None. Raises _Failure."""
+        request = {"op": "describe", "backends": list(names), "folder": folder}
+        answer = self.request(request, START_LIMIT)
+        try:
+            return {name: answer["unavailable"][name] for name in names}
+        except (KeyError, TypeError) as error:
+            raise self._garbage(f"{type(error).__name__}: {error}") from error
+
+    def environment(self, library: str) -> dict[str, Any]:
+        """What the worker runs on, and the devices and flags of a library that is loaded. Raises _Failure."""
+        answer = self.request({"op": "environment", "library": library}, START_LIMIT)
+        try:
+            if answer["outcome"] != "done":
+                raise _Failure("crash", answer["reason"], answer["traceback"])
+            part: dict[str, Any] = answer["environment"]
+            return {**part, "devices": list(part["devices"]), "flags": dict(part["flags"])}
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._garbage(f"{type(error).__name__}: {error}") from error
 
     def reply(self, answer: Mapping[str, Any], case: Case) -> Reply:
         """A run's Reply, its outputs read and their files removed. Raises _Failure where it is malformed."""
@@ -474,7 +494,11 @@ class _Worker:
         for stream in (self._stdin, self._stdout, self._stderr_pipe):
             with contextlib.suppress(OSError):
                 stream.close()
-        shutil.rmtree(self._outputs, ignore_errors=True)
+        self._remove_files()
+
+    def _remove_files(self) -> None:
+        for folder in (self._folder, self._outputs):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
@@ -495,7 +519,7 @@ def _environment(threads: int, poisoned: bool) -> dict[str, str]:
     environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     paths = os.environ.get("PYTHONPATH")
     if paths:
-        # The worker runs in the scratch folder: what is relative to the auditor's folder would be lost.
+        # The worker runs in a folder of its own: what is relative to the auditor's folder would be lost.
         absolute = (os.path.abspath(path) for path in paths.split(os.pathsep))  # noqa: PTH100
         environment["PYTHONPATH"] = os.pathsep.join(absolute)
     return environment

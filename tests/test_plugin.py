@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,7 +150,13 @@ def test_a_module_without_running_statistics_takes_no_part_in_inference(tmp_path
         ("float32_out", "contract", "y is float32, not bfloat16"),
         ("wrong_shape", "contract", "y has shape (120,), not (2, 3, 4, 5)"),
         ("integer_mean", "contract", "batch_mean is int32, not one of float16, bfloat16, float32,"),
-        ("sparse", "contract", "y is sparse, not a dense tensor of values"),
+        ("sparse", "contract", "y is of layout sparse_coo, not a dense tensor of values"),
+        ("nested", "contract", "y is nested, not a dense tensor of values"),
+        (
+            "without_an_array",
+            "contract",
+            "y, of type _Arrayless, cannot be turned into an array: no detach",
+        ),
         ("meta", "contract", "y is on the meta device, not a dense tensor of values"),
         ("misspelt", "contract", "'grad_imput' is no quantity: grad_input is meant?"),
         ("nothing", "contract", "no y was returned"),
@@ -160,9 +167,43 @@ def test_a_module_without_running_statistics_takes_no_part_in_inference(tmp_path
             "raised",
             "a leaf Variable that requires grad is being used in an in-place",
         ),
-        ("no_operator", "unsupported", "\"special\" not implemented for 'Half'"),
+        ("no_operator", "unsupported", "not implemented for 'BFloat16'"),
+        ("own_words", "raised", "RuntimeError: \"special\" not implemented for 'Half'"),
+        ("inner_refusal", "unsupported", "no backward yet"),
+        ("no_backward", "raised", "NotImplementedError: You must implement either the backward"),
+        ("from_meta", "raised", "NotImplementedError: Cannot copy out of meta tensor"),
+        ("meta_graph", "contract", "y is on the meta device, not a dense tensor of values"),
+        ("NoForward", "raised", 'is missing the required "forward" function'),
+        ("OnMeta", "raised", "NotImplementedError: Cannot copy out of meta tensor"),
+        ("NoGraph", "contract", "y has no graph: no gradient reaches x"),
+        ("UnderNoGrad", "contract", "y has no graph: no gradient reaches x"),
+        (
+            "ChangesWeight",
+            "contract",
+            "ChangesWeight.weight was changed in place: weight[1] was 1.0 and is now 2.0",
+        ),
+        (
+            "ChangesBias",
+            "contract",
+            "ChangesBias.bias was changed in place: bias[0] was 0.0 and is now 0.5",
+        ),
+        (
+            "ReturnsTuple",
+            "contract",
+            "ReturnsTuple returned a tuple: a module plug-in returns y alone",
+        ),
+        (
+            "ReturnsDict",
+            "contract",
+            "ReturnsDict returned a dict: a module plug-in returns y alone",
+        ),
+        ("ReturnsArray", "contract", "y is of type ndarray, not a torch tensor"),
+        ("Gamma", "contract", "Gamma has no parameter weight of shape (C,)"),
+        ("ListOfMeans", "contract", "ListOfMeans.running_mean is of type list, not a buffer"),
+        ("Lazy", "contract", "Lazy.weight is uninitialized (a lazy module)"),
+        ("Parametrized", "contract", "Parametrized.weight does not keep the values that are"),
         ("out_of_memory", "unsupported", "more GPU memory than there is: CUDA out of memory"),
-        ("only_once", "unsupported", "once is enough (when called again with the same tensors)"),
+        ("only_once", "contract", "once is enough (when called again with the same tensors)"),
         (
             "NoEps",
             "contract",
@@ -171,12 +212,18 @@ def test_a_module_without_running_statistics_takes_no_part_in_inference(tmp_path
         ("NoWeight", "contract", "NoWeight.weight is None, not a parameter"),
         ("WrongShape", "contract", "WrongShape.weight has shape (4,), not (3,)"),
         ("OwnValueError", "raised", "ValueError: mine"),
+        ("OtherValueError", "raised", "ValueError: num_channels (3) must be divisible by"),
+        ("OnlyMeans", "raised", "ValueError: running_mean and running_var must either both be"),
     ],
 )
 def test_each_mistake_is_told_in_a_sentence(
     tmp_path: Path, name: str, outcome: str, reason: str
 ) -> None:
-    text = BACKWARD if name in ("detached_input", "in_place_graph") else SMALL
+    backward = (
+        *("detached_input", "in_place_graph", "inner_refusal", "no_backward", "meta_graph"),
+        *("NoGraph", "UnderNoGrad"),
+    )
+    text = BACKWARD if name in backward else SMALL
     case, inputs = prepare(tmp_path, text + "dtype: bfloat16\n")
     with pytest.raises(NoResult) as caught:
         execute(case, inputs, load(name))
@@ -199,6 +246,11 @@ def test_each_mistake_is_told_in_a_sentence(
             "instance",
             plugin.Unavailable,
             "is a module; its class AnyRank is called for, built like",
+        ),
+        (
+            "part",
+            plugin.Unavailable,
+            "is a functools.partial of AnyRank: a module plug-in must be a class, built like Batch",
         ),
         ("strange_tensors", plugin.Unavailable, "asks for 'cupy' tensors; there are 'numpy' (the"),
         (
@@ -223,6 +275,48 @@ def test_what_cannot_be_called_says_why_when_it_is_loaded(
         load(name)
     assert reason.replace("{FILE}", FILE) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_compiled_or_scripted_module_is_told_what_to_be() -> None:
+    module = torch.nn.BatchNorm2d(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = [torch.compile(module, backend="eager"), torch.jit.script(module)]
+    for compiled in made:
+        with pytest.raises(plugin.Unavailable, match="compiled module: called for is"):
+            plugin._implementation(compiled, "compiled in FILE.py", "cpu")
+
+
+@pytest.mark.parametrize("name", ["Silent", "Frozen", "Buffers"])
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_a_modules_parameters_may_be_frozen_and_its_methods_silent(
+    tmp_path: Path, name: str, mode: str
+) -> None:
+    case, inputs = prepare(tmp_path, f"{BACKWARD}{PARAMETERS}mode: {mode}\n")
+    right = execute(case, inputs, load("AnyRank")).outputs
+    got = execute(case, inputs, load(name)).outputs
+    assert_same_bits(got, right)
+    frozen = {"grad_weight", "grad_bias"} if name != "Silent" else set()
+    assert got.keys() == right.keys() - frozen
+    assert "grad_input" in got
+
+
+def test_only_gpu_memory_may_be_short_at_the_second_call_alone(tmp_path: Path) -> None:
+    case, inputs = prepare(tmp_path, SMALL)
+    calls = []
+
+    def function(x: Array, *arguments: Any, **options: Any) -> Array:
+        calls.append(x)
+        if len(calls) % 2 == 0:
+            raise NotImplementedError(execution.OUT_OF_MEMORY + " there is")
+        return np.array(x)
+
+    with pytest.raises(NoResult, match="called again") as caught:
+        execute(case, inputs, Implementation(function, "numpy", repeated=True))
+    assert caught.value.outcome == "unsupported"
+    for module in ("_torch.py", "_cupy.py"):  # the built-in backends begin in the same way
+        source = (Path(execution.__file__).parent / "backends" / module).read_text()
+        assert f'"{execution.OUT_OF_MEMORY} the' in source
 
 
 @pytest.mark.parametrize(
@@ -250,6 +344,7 @@ def test_what_torchs_batch_norm_turns_down_is_unsupported(tmp_path: Path) -> Non
     for shape, reason in (
         ("[2, 3, 4]", "expected 4D input"),
         ("[1, 3, 1, 1]", "more than 1 value"),
+        ("[2, 3, 4, 5]\neps: 0", "eps must be positive"),
     ):
         case, inputs = prepare(tmp_path, SMALL.replace("[2, 3, 4, 5]", shape))
         with pytest.raises(NoResult, match=reason) as caught:
@@ -492,7 +587,7 @@ def test_on_the_gpu_an_input_changed_in_place_is_a_fault(
         reply = gpu.run(f"{FILE}:in_place_gap@cuda", case, inputs)
         assert (reply.outcome, reply.reason) == (
             "contract",
-            "x: a gap was written to, 1 places after the first element",
+            "x: a gap was written to, 1 place after the first element",
         )
 
 
@@ -613,12 +708,21 @@ def test_all_that_torchs_allocator_keeps_free_is_poisoned_and_nothing_more_is_ta
 
 
 def test_where_memory_is_short_what_there_is_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: Any, **options: Any) -> None:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+    allocator = Allocator(("small", 0, 2 << 20), ("large", 0, 20 << 20))
+
+    def full(shape: tuple[int], value: int, **options: Any) -> Any:
+        if shape[0] > 64 << 20:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return allocator.full(shape, value, **options)
 
     monkeypatch.setattr(torch, "full", full)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: allocator.segments)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert allocator.stale() == 2
     poison.poison_torch(1 << 40)
+    assert allocator.stale() == 0
 
 
 # --- the README's examples -------------------------------------------------------------------------

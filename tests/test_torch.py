@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from correct import outputs as right_outputs
 from correct import prepare
 
 from bnaudit.subject import Reply, Subject, scratch_folder
+from bnaudit.worker.backends import _torch
+from bnaudit.worker.execution import Tensors
 from bnaudit.worker.rounding import widen
 
 pytestmark = pytest.mark.skipif(
@@ -47,6 +50,44 @@ def run(subject: Subject, folder: Path, text: str, backend: str = "torch@cpu") -
 def constant(value: float, shape: str, **fields: object) -> str:
     rest = "".join(f"{name}: {field}\n" for name, field in fields.items())
     return f"input: {{distribution: constant, value: {value}}}\nshape: [{shape}]\n{rest}"
+
+
+LITTLE = [shape for rank in (2, 3, 4) for shape in itertools.product((1, 2, 3), repeat=rank)]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_a_tensor_has_the_arrays_values_and_strides(
+    tmp_path: Path, dtype: str, memory_format: str, steps: int
+) -> None:
+    torch = pytest.importorskip("torch")
+    stored = np.uint16 if dtype == "bfloat16" else np.dtype(dtype)
+    request = {"dtype": dtype, "param_dtype": "same", "memory_format": memory_format}
+    path = str(tmp_path / "x.npy")
+    for shape in (*LITTLE, (0, 3), (5, 1), (7, 1, 1, 1)):
+        values = np.arange(1, 1 + steps * np.prod(shape)).reshape(steps, *shape).astype(stored)
+        np.save(path, values)
+        tensors = Tensors(request, {"x": path}, "stored")
+        for step in range(steps):
+            array = tensors.given("x", step)
+            tensor: Any = _torch.to_tensor(array, "cpu")
+            assert str(tensor.dtype) == f"torch.{dtype}"
+            assert tuple(tensor.shape) == shape
+            assert tensor.numel() == 0 or tensor.data_ptr() == array.ctypes.data
+            if tensor.numel() > 0:
+                assert tensor.stride() == tuple(s // array.itemsize for s in array.strides)
+            bits = tensor.view(getattr(torch, f"int{8 * array.itemsize}")).numpy()
+            np.testing.assert_array_equal(bits, values[step].view(bits.dtype))
+            np.testing.assert_array_equal(_torch.to_array(tensor), values[step])
+
+
+def test_a_conjugate_and_a_negative_are_computed_before_they_are_read() -> None:
+    torch = pytest.importorskip("torch")
+    negative = torch._neg_view(torch.tensor([1.0, -2.0]))
+    np.testing.assert_array_equal(_torch.to_array(negative), [-1, 2])
+    conjugate = torch.tensor([1 + 2j, 3 - 4j]).conj().imag
+    np.testing.assert_array_equal(_torch.to_array(conjugate), [-2, 4])
 
 
 def largest(reply: Reply) -> float:
@@ -241,8 +282,6 @@ def test_on_a_gpu_the_named_implementation_runs(
 
 def test_a_forced_path_that_did_not_run_is_an_error_and_cudnns_limits_are_refusals() -> None:
     pytest.importorskip("torch")
-    from bnaudit.worker.backends import _torch
-
     x, ones = np.ones((4, 3, 5, 5), np.float32), np.ones(3, np.float32)
     options: dict[str, Any] = {"training": True, "momentum": 0.1, "eps": 1e-5, "grad_output": None}
 
@@ -275,8 +314,6 @@ def test_what_torch_does_not_give_to_cudnn_is_refused_with_the_rule(
     shape: tuple[int, ...], dtype: str, training: bool, words: str
 ) -> None:
     torch = pytest.importorskip("torch")
-    from bnaudit.worker.backends import _torch
-
     x = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
     weight = torch.empty(shape[1], device="meta")
     with pytest.raises(NotImplementedError, match=words):
@@ -297,8 +334,6 @@ def test_cudnns_mode_follows_the_memory_format(
     memory_format: str, training: bool, mode: str
 ) -> None:
     torch = pytest.importorskip("torch")
-    from bnaudit.worker.backends import _torch
-
     x = torch.ones(2, 3, 4, 5).to(memory_format=getattr(torch, memory_format))
     assert _torch._cudnn_mode(x, training) == mode
 
@@ -310,8 +345,6 @@ def test_cudnns_version_is_readable(
     monkeypatch: pytest.MonkeyPatch, number: int | None, text: str | None
 ) -> None:
     torch = pytest.importorskip("torch")
-    from bnaudit.worker.backends import _torch
-
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: number)
     assert _torch._cudnn_version() == text
 
@@ -320,8 +353,6 @@ def test_too_little_gpu_memory_is_unsupported_and_other_errors_are_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch = pytest.importorskip("torch")
-    from bnaudit.worker.backends import _torch
-
     gpu = SimpleNamespace(total_memory=12 * 2**30, name="A100")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
 

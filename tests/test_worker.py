@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from bnaudit.scenario import Case
 from bnaudit.subject import CASE_FIELDS
 from bnaudit.worker import environment, execution, layout, plugin, protocol
 from bnaudit.worker.backends import BACKENDS, _torch
-from bnaudit.worker.execution import Execution, Implementation, NoResult, Tensors, run
+from bnaudit.worker.execution import Execution, Implementation, NoResult, Tensors, difference, run
 from bnaudit.worker.rounding import widen
 
 Array = npt.NDArray[Any]
@@ -56,6 +57,41 @@ def test_a_strided_tensor_begins_three_elements_in_and_skips_every_second() -> N
     assert laid.ctypes.data - allocation.ctypes.data == 3 * laid.itemsize
     assert laid.strides == (96, 32, 8)
     assert np.isnan(allocation).sum() == 3 + laid.size
+
+
+LITTLE = [shape for rank in (2, 3, 4) for shape in itertools.product((1, 2, 3), repeat=rank)]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.uint16, np.float32, np.float64])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+def test_only_a_strided_tensor_is_taken_for_one(
+    tmp_path: Path, dtype: type, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "x.npy")
+    alike = 0
+    for shape in (*LITTLE, (0, 3), (0, 2, 3), (5, 1), (7, 1, 1, 1)):
+        values: Array = np.arange(steps * np.prod(shape)).reshape(steps, *shape).astype(dtype)
+        np.save(path, values)
+        steps_in_memory = [np.load(path)[step] for step in range(steps)]
+        alike += steps_in_memory[0].size * layout.STEP + layout.OFFSET == values.size
+        for step, contiguous in enumerate(steps_in_memory):
+            assert layout.allocation(contiguous) is None, (shape, step)
+            last = layout.lay_out(contiguous, "channels_last")
+            assert layout.allocation(last) is None, (shape, step)
+            strided = layout.lay_out(contiguous, "strided")
+            for array in (strided, strided.view()):
+                memory = layout.allocation(array)
+                assert memory is not None, (shape, step)
+                assert memory.size == layout.OFFSET + layout.STEP * array.size
+                np.testing.assert_array_equal(memory[layout.OFFSET :: layout.STEP], array.ravel())
+    assert (alike > 0) == (
+        steps in (3, 5)
+    )  # where a contiguous tensor's memory is as large as a strided one's
+
+
+def test_a_strided_tensor_skips_elements_also_where_all_lengths_are_1() -> None:
+    assert layout.lay_out(np.ones((1, 1, 1), np.float32), "strided").strides == (8, 8, 8)
+    assert layout.lay_out(np.ones((1, 3, 1, 1), np.float32), "strided").strides == (24, 8, 8, 8)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.uint16, np.float32, np.float64])
@@ -197,8 +233,70 @@ def test_a_write_beside_a_strided_tensor_is_a_fault(tmp_path: Path) -> None:
         beyond[1] = 0
         return x
 
-    with pytest.raises(NoResult, match="x: a gap was written to, 1 places after"):
+    with pytest.raises(NoResult, match="x: a gap was written to, 1 place after"):
         execute(case, inputs, function, "numpy")
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        (1, "1 place after the first element"),
+        (3, "3 places after the first element"),
+        (-1, "1 place before the first element"),
+        (-3, "3 places before the first element"),
+    ],
+)
+def test_a_gap_is_named_by_its_distance_from_the_first_element(
+    tmp_path: Path, place: int, text: str
+) -> None:
+    case, inputs = prepare(tmp_path, TEXT + "memory_format: strided\n")
+
+    def function(x: Array, *arguments: Any, **options: Any) -> Array:
+        memory = layout.allocation(x)
+        assert memory is not None
+        memory[layout.OFFSET + place] = 0
+        return x
+
+    with pytest.raises(NoResult, match=f", {text}$"):
+        execute(case, inputs, function, "numpy")
+
+
+@pytest.mark.parametrize(
+    ("returned", "reason"),
+    [
+        ({"output": 1, "mean": 2}, "'output' is no quantity: y is meant?"),
+        ({"Y": 1}, "'Y' is no quantity: y is meant?"),
+        ({"y": 1, "mean": 2}, "'mean' is no quantity: batch_mean is meant?"),
+        ({"y": 1, "Var": 2}, "'Var' is no quantity: batch_var is meant?"),
+        ({"y": 1, "dx": 2}, "'dx' is no quantity: grad_input is meant?"),
+        ({"y": 1, "dgamma": 2}, "'dgamma' is no quantity: grad_weight is meant?"),
+        ({"y": 1, "rstd": 2}, "'rstd' is no quantity: invstd is meant?"),
+        ({"result": 1, "batch_mean": 2, 3: 4}, "no y was returned, only result, batch_mean, 3"),
+        ({"y": None, "batch_var": None, "odd\x1b": 1}, "no y was returned, only odd\\x1b"),
+        ({}, "no y was returned"),
+    ],
+)
+def test_other_keys_say_which_quantity_is_meant_or_what_was_returned(
+    tmp_path: Path, returned: dict[Any, Any], reason: str
+) -> None:
+    case, inputs = prepare(tmp_path, TEXT)
+    with pytest.raises(NoResult) as caught:
+        execute(case, inputs, lambda *_, **__: returned, "numpy")
+    assert (caught.value.outcome, caught.value.reason) == ("contract", reason)
+
+
+def test_another_name_beside_the_quantity_itself_is_ignored(tmp_path: Path) -> None:
+    case, inputs = prepare(tmp_path, TEXT)
+
+    def function(x: Array, *arguments: Any, **options: Any) -> dict[str, Any]:
+        return {"y": x, "out": 1, "batch_mean": x.mean((0, 2, 3)), "mean": "mine", "scale": 3}
+
+    assert execute(case, inputs, function, "numpy").outputs.keys() == {"y", "batch_mean"}
+
+
+def test_every_other_name_is_of_a_quantity() -> None:
+    assert set(execution.SYNONYMS.values()) <= set(execution.QUANTITIES)
+    assert not execution.SYNONYMS.keys() & set(execution.QUANTITIES)
 
 
 def test_without_ml_dtypes_bfloat16_is_unsupported_for_numpy_functions(
@@ -285,7 +383,7 @@ def test_a_repeated_function_is_called_once_more_with_what_the_last_step_was_giv
 @pytest.mark.parametrize(
     ("second", "outcome", "reason"),
     [
-        (NotImplementedError("no"), "unsupported", "no (when called again with the same tensors)"),
+        (NotImplementedError("no"), "contract", "no (when called again with the same tensors)"),
         (ValueError("no"), "raised", "ValueError: no (when called again with the same tensors)"),
         (None, "contract", "no y was returned (when called again with the same tensors)"),
     ],
@@ -338,6 +436,17 @@ def test_the_worker_is_python_3_7_and_imports_only_what_it_may(path: Path) -> No
         "poison.py": {"torch"},
         "_cupy.py": {"cupy", "cupy_backends"},
         "_welford_cuda.py": {"cupy", "cupy_backends"},
+        "_chainer_real.py": {"chainer"},
+        "_flax.py": {"flax", "jax"},
+        "_jax.py": {"jax"},
+        "_keras.py": {"keras", "jax", "tensorflow", "torch"},
+        "_mlx.py": {"mlx"},
+        "_mxnet_real.py": {"mxnet"},
+        "_onnxruntime.py": {"onnx", "onnxruntime"},
+        "_paddle.py": {"paddle"},
+        "_tensorflow.py": {"tensorflow"},
+        "_tensorflow_1.py": {"tensorflow"},
+        "_tinygrad.py": {"tinygrad"},
     }
     allowed |= frameworks.get(path.name, set())
     for node in ast.walk(tree):
@@ -356,3 +465,9 @@ def test_describing_the_environment_imports_no_framework() -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert environment.describe("numpy")["blas"] is not None
+
+
+def test_another_dtype_in_a_second_call_is_a_difference_of_dtypes() -> None:
+    first = {"batch_mean": np.zeros(2, np.float32)}
+    second = {"batch_mean": np.zeros(2, np.float64)}
+    assert difference(first, second, "float32") == "batch_mean was float32, then float64"

@@ -1,4 +1,4 @@
-"""Starts a worker: `PYTHON .../bnaudit/worker PARENT_PID`, in the scratch folder. See protocol.py.
+"""Starts a worker: `PYTHON .../bnaudit/worker PARENT_PID`, in an empty folder. See protocol.py.
 
 The folder is loaded as the package `bnaudit_worker` and taken off sys.path, so that no module of the worker
 can stand in for a module of the user's, nor the other way round.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
+import re
 import sys
 import time
 import traceback
@@ -34,7 +36,36 @@ ALIKE = 0.8
 
 ASKING = 'a function gets torch tensors if its attribute tensors is "torch"'
 
+SYNONYMS = {
+    "output": "y",
+    "out": "y",
+    "mean": "batch_mean",
+    "save_mean": "batch_mean",
+    "var": "batch_var",
+    "variance": "batch_var",
+    "save_var": "batch_var",
+    "rstd": "invstd",
+    "save_invstd": "invstd",
+    "moving_mean": "running_mean",
+    "moving_var": "running_var",
+    "dx": "grad_input",
+    "grad_x": "grad_input",
+    "dweight": "grad_weight",
+    "dgamma": "grad_weight",
+    "dbias": "grad_bias",
+    "dbeta": "grad_bias",
+}
+"""What others call a quantity."""
+
 AGAIN = " (when called again with the same tensors)"
+
+OUT_OF_MEMORY = "the case needs more GPU memory than"
+"""How every refusal for want of memory begins: it may come at the second call only."""
+
+OWN_FOLDER = " (plug-ins run in a folder of their own; use Path(__file__).parent)"
+
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Control characters but newline and tab."""
 
 MAPPED = 1 << 20
 """Files from this many bytes on are mapped instead of read."""
@@ -43,8 +74,12 @@ KEPT = 1 << 26
 """Inputs of up to this many bytes stay laid out for the next backend that gets the same ones."""
 
 MESSAGE = 2000
+LINES = 3
 TRACEBACK = 20000
-"""Most characters that are passed on of an exception's message and of its traceback."""
+"""Most characters and lines that are passed on of an exception's message, and characters of its traceback."""
+
+IMPORTING = ("<frozen importlib", importlib.__file__)
+"""How the names of the files begin that an import runs through."""
 
 
 class NoResult(Exception):  # noqa: N818 - an outcome, not an error of the worker
@@ -87,25 +122,45 @@ class Execution(NamedTuple):
 
 
 def printable(text: str) -> str:
-    """The text with whatever UTF-8 cannot carry (lone surrogates) spelled out."""
+    """The text with control characters and what UTF-8 cannot carry (lone surrogates) spelled out."""
+    text = CONTROL.sub(lambda found: "\\x%02x" % ord(found.group()), text)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def describe(error: BaseException) -> str:
-    """`Type: message` of an exception, also of one that cannot be turned into text."""
+def message(error: BaseException) -> str:
+    """An exception's message, cut where it is long; also of one that cannot be turned into text."""
     try:
-        message = str(error)
+        text = str(error).strip()
     except Exception:
-        message = "(its message cannot be shown)"
-    name = type(error).__name__
-    return printable("%s: %s" % (name, message) if message else name)[:MESSAGE]
+        return "(its message cannot be shown)"
+    kept = "\n".join(text[:MESSAGE].split("\n")[:LINES])
+    return printable(kept + (" …" if len(kept) < len(text) else ""))
+
+
+def describe(error: BaseException) -> str:
+    """`Type: message` of an exception; of a file that was looked for in the worker's folder, what to do."""
+    name, text = type(error).__name__, message(error)
+    described = "%s: %s" % (name, text) if text else name
+    return described + (OWN_FOLDER if _is_beside(error) else "")
+
+
+def _is_beside(error: BaseException) -> bool:
+    """Whether a file was not found by a name relative to the working folder; a program is no file here."""
+    name = getattr(error, "filename", None)
+    if not isinstance(error, FileNotFoundError) or not isinstance(name, str) or os.path.isabs(name):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return not frames or os.path.basename(frames[-1].filename) != "subprocess.py"
 
 
 def traced(error: BaseException) -> str:
-    """The traceback, without the worker's own frames in front."""
+    """The traceback, without the frames of the worker and of an import in front."""
     here = os.path.dirname(os.path.abspath(__file__))
     frames = error.__traceback__
-    while frames is not None and os.path.dirname(frames.tb_frame.f_code.co_filename) == here:
+    while frames is not None:
+        filename = frames.tb_frame.f_code.co_filename
+        if os.path.dirname(filename) != here and not filename.startswith(IMPORTING):
+            break
         frames = frames.tb_next
     return printable("".join(traceback.format_exception(type(error), error, frames)))[-TRACEBACK:]
 
@@ -224,8 +279,10 @@ class Tensors:
             if laid.ndim > 1 and self._memory_format == "strided":
                 gap = changed_gap(laid)
                 if gap is not None:
-                    text = "%s: a gap was written to, %d places after the first element"
-                    raise NoResult("contract", text % (name, gap))
+                    text = "%s: a gap was written to, %d place%s %s the first element"
+                    side = "after" if gap > 0 else "before"
+                    plural = "" if abs(gap) == 1 else "s"
+                    raise NoResult("contract", text % (name, abs(gap), plural, side))
 
 
 def _array(name: str, value: Any, shape: tuple[int, ...]) -> Array:
@@ -250,8 +307,8 @@ def run(implementation: Implementation, case: Mapping[str, Any], tensors: Tensor
     """Calls the backend once per step, with the running statistics it left; the last step's outputs count.
 
     A repeated backend is called once more on the last step, with the same running statistics as before;
-    only the bits of what that returns count. Running statistics that a training step neither returns nor
-    changes in place are not among the outputs; in inference they always are. Raises NoResult.
+    only the bits of what that returns count. Where a training step neither returns running statistics nor
+    changes one in place they are not among the outputs; in inference they always are. Raises NoResult.
     """
     running = {name: tensors.given(name, 0) for name in RUNNING}
     left: dict[str, Array] = {}
@@ -278,7 +335,7 @@ def run(implementation: Implementation, case: Mapping[str, Any], tensors: Tensor
         again = {**left, **_again(implementation, case, tensors, last, running)}
         not_repeatable = difference(outputs, again, tensors.dtype)
     tensors.forget(last)
-    text = printable(kernel) if isinstance(kernel, str) else None
+    text = printable(kernel[:MESSAGE]) if isinstance(kernel, str) else None
     return Execution(outputs, text, seconds, not_repeatable)
 
 
@@ -306,9 +363,15 @@ def _step(
         options["step"] = step + 1
     elif case["momentum"] is None:
         options["momentum"] = 1.0 / (step + 1)
-    arguments = [tensors.get(name, step) for name in ("x", "weight", "bias")]
+    # Views: shape and flags may be set by whom they are given to.
+    given = {
+        name: None if array is None else array.view()
+        for name in ("x", "weight", "bias", "grad_output")
+        for array in (tensors.get(name, step),)
+    }
+    arguments = [given[name] for name in ("x", "weight", "bias")]
     arguments += [lent[name] for name in RUNNING]
-    options["grad_output"] = tensors.get("grad_output", step)
+    options["grad_output"] = given["grad_output"]
     if implementation.poisoned:
         poison_numpy()
     start = time.perf_counter()
@@ -317,9 +380,11 @@ def _step(
     tensors.check(step)
     returned = value if isinstance(value, dict) else {"y": value}
     left = {}
+    # A mean that does not move is kept all the same where the variance moves, and the reverse.
+    are_kept = not training or any(_differ(lent[name], running[name]) for name in RUNNING)
     for name in RUNNING:
         after = returned.get(name)
-        if after is None and (not training or _differ(lent[name], running[name])):
+        if after is None and are_kept:
             after = lent[name]
         if after is not None:
             left[name] = tensors.take_back_channels(name, after)
@@ -333,12 +398,14 @@ def _again(
     step: int,
     running: Mapping[str, Array],
 ) -> dict[str, Array]:
-    """The outputs of a step that is called for the second time."""
+    """The outputs of a step that is called for the second time; to refuse it only then is a fault."""
     try:
         done = _step(implementation, case, tensors, step, running)
         return dict(done.left, **_outputs(tensors, done.returned))
     except NoResult as end:
-        raise NoResult(end.outcome, end.reason + AGAIN, end.trace) from end
+        refused = end.outcome == "unsupported" and not end.reason.startswith(OUT_OF_MEMORY)
+        outcome = "contract" if refused else end.outcome
+        raise NoResult(outcome, end.reason + AGAIN, end.trace) from end
 
 
 def _differ(a: Array, b: Array) -> bool:
@@ -359,6 +426,8 @@ def difference(first: Mapping[str, Array], second: Mapping[str, Array], dtype: s
                 name,
                 "returned, then not" if name in first else "not returned, then it was",
             )
+        elif first[name].dtype != second[name].dtype:
+            found = "%s was %s, then %s" % (name, first[name].dtype, second[name].dtype)
         else:
             a, b = first[name], second[name]
             stored = dtype if name in IN_FULL else a.dtype.name
@@ -400,14 +469,15 @@ def _differing(a: Array, b: Array, dtype: str) -> tuple[int, tuple[int, ...] | N
 def _outputs(tensors: Tensors, returned: dict[Any, Any]) -> dict[str, Array]:
     """The last step's y, batch statistics and gradients; gradients only where they were asked for."""
     for key in returned:
-        if isinstance(key, str) and key not in (*QUANTITIES, "kernel"):
-            meant = difflib.get_close_matches(key, QUANTITIES, 1, ALIKE)
-            if meant:
-                raise NoResult("contract", "%r is no quantity: %s is meant?" % (key, meant[0]))
+        meant = _meant(key)
+        # Beside the quantity itself it may be something of its own.
+        if meant is not None and returned.get(meant) is None:
+            raise NoResult("contract", "%r is no quantity: %s is meant?" % (key, meant))
     present = [name for name in (*IN_FULL, *PER_CHANNEL) if returned.get(name) is not None]
     if "y" not in present:
-        others = ", ".join(present)
-        raise NoResult("contract", "no y was returned" + (", only " + others if others else ""))
+        others = ", ".join(str(key) for key, value in returned.items() if value is not None)
+        text = "no y was returned" + (", only " + others if others else "")
+        raise NoResult("contract", printable(text[:MESSAGE]))
     outputs = {}
     for name in present:
         if name.startswith("grad_") and "grad_output" not in tensors.names:
@@ -421,6 +491,15 @@ def _outputs(tensors: Tensors, returned: dict[Any, Any]) -> dict[str, Array]:
     return outputs
 
 
+def _meant(key: object) -> str | None:
+    """The quantity that a key of a result looks like, or is another's name for; None for the right names."""
+    if not isinstance(key, str) or key in (*QUANTITIES, "kernel"):
+        return None
+    lower = key.lower()
+    close = difflib.get_close_matches(lower, QUANTITIES, 1, ALIKE)
+    return SYNONYMS.get(lower) or (close[0] if close else None)
+
+
 def _call(implementation: Implementation, arguments: list[Any], options: dict[str, Any]) -> Any:
     process = os.getpid()
     try:
@@ -429,7 +508,7 @@ def _call(implementation: Implementation, arguments: list[Any], options: dict[st
     except NoResult:
         raise
     except NotImplementedError as error:
-        raise NoResult("unsupported", printable(str(error)) or "not implemented") from error
+        raise NoResult("unsupported", message(error) or "not implemented") from error
     except BaseException as error:  # SystemExit and KeyboardInterrupt are a backend's fault, too
         reason = describe(error)
         mistaken = implementation.form == "numpy" and "torch" in sys.modules

@@ -38,17 +38,28 @@ def lay_out(values: Array, memory_format: str) -> Array:
         laid = np.moveaxis(np.empty(shape, values.dtype), -1, 1)
     else:
         memory = np.full(OFFSET + STEP * values.size, _nan(values.dtype), values.dtype)
-        laid = memory[OFFSET::STEP].reshape(values.shape)
+        laid = _elements(memory, values.shape)
     laid[...] = values
     return laid
+
+
+def _elements(memory: Array, shape: tuple[int, ...]) -> Array:
+    """The "strided" tensor in a one-dimensional allocation; its strides skip also where a length is 1."""
+    elements: Array = memory[OFFSET:].reshape((*shape, STEP))[..., 0]
+    return elements
 
 
 def allocation(array: Array) -> Array | None:
     """The one-dimensional array, gaps included, that a "strided" tensor is a part of; None for others."""
     memory = array.base
-    if not isinstance(memory, np.ndarray) or memory.ndim != 1:
+    if not isinstance(memory, np.ndarray) or memory.ndim != 1 or memory.dtype != array.dtype:
         return None
-    return memory if memory.size == OFFSET + STEP * array.size else None
+    if memory.size != OFFSET + STEP * array.size:
+        return None
+    # A tensor of several steps may lie in as much memory, but not like this.
+    laid = _elements(memory, array.shape)
+    alike = laid.ctypes.data == array.ctypes.data and laid.strides == array.strides
+    return memory if alike else None
 
 
 def changed_gap(laid: Array) -> int | None:

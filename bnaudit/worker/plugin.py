@@ -12,40 +12,46 @@ the worker passes 1/t at step t. The function is called once per step, with the 
 
 It returns y, or a dict with y and whatever it computes of batch_mean, batch_var, invstd, running_mean,
 running_var, grad_input, grad_weight and grad_bias; `kernel` may say in words what ran. What is not returned
-is not judged, and None is as good as a key left out. Other keys are ignored, but for those that look like
-one of these misspelt. y and grad_input have x's shape and the case's dtype, per-channel quantities the shape
-(C,) and any floating-point dtype. running_mean and running_var may be updated in place instead; a returned
-key wins. x, weight, bias and grad_output must be left as they are, and so must the gaps beside the elements
-of a strided tensor, which hold NaN.
+is not judged, and None is as good as a key left out. Other keys are ignored, but for those that look like one
+of these, misspelt or by another usual name (mean, dx, dgamma), that is not there. y and grad_input have x's
+shape and the case's dtype, per-channel quantities the shape (C,) and any floating-point dtype. running_mean
+and running_var may be updated in place instead (where one of them changes, both are judged); a returned key
+wins. x, weight, bias and grad_output must be left as they are, and so must the gaps beside the elements of a strided tensor, which hold NaN.
 
-Raising NotImplementedError says "not this case", and its message why. Attributes of the function declare its
-conventions: `running_var_correction` (1: n / (n − 1), the default; 0: biased) and `running_update` ("ema",
-the default; "caffe": scaled sums).
+Raising NotImplementedError says "not this case", and its message why; to say so only when called again is a
+fault. Attributes of the function declare its conventions: `running_var_correction` (1: n / (n − 1), the
+default; 0: biased) and `running_update` ("ema", the default; "caffe": scaled sums).
 
 With the attribute `tensors = "torch"` the function gets torch tensors instead, on the CPU or, for a name that
 ends in @cuda, on the GPU, with the same strides and dtypes (bfloat16 as torch.bfloat16), and returns tensors,
 wherever they are. Where gradients are asked for and it returns none, they are autograd's: x, weight and bias
 require them, and y is differentiated with grad_output. A y without a graph has no gradients, which then are
-not judged. Running out of GPU memory, and operators that torch does not have for a dtype, say "not this case".
+not judged. Running out of GPU memory, and operators that torch does not have for a dtype, say "not this case";
+other NotImplementedErrors of torch's own (of a tensor on the meta device, of a backward that is missing) do
+not.
 
 The third form is a subclass of torch.nn.Module, built anew for every call as BatchNorm2d is:
 
     BatchNorm(num_features, eps=eps, momentum=momentum, affine=True or False)
 
 It is moved to the device and to the dtype of the running statistics; weight, bias, running_mean and
-running_var, of shape (C,), are copied into it; it is called with x in training mode or after eval(). The
-gradients are autograd's, and the running statistics those that it has afterwards. num_batches_tracked is left
-alone. One without running statistics does not take part in inference. A ValueError from torch's own
-BatchNorm, of a rank or a size that it does not take, says "not this case".
+running_var, of shape (C,), are copied into it; it is called with x in training mode or after eval(), and
+returns y alone, which must have a graph where gradients are asked for. The gradients are autograd's, but none
+for a weight and a bias that do not require them, and the running statistics those that it has afterwards.
+weight and bias must be left as they are. num_batches_tracked is left alone. One without running statistics
+does not take part in inference. A ValueError from torch's own BatchNorm, of a rank, a size or an eps that it
+does not take, says "not this case".
 
-Each plug-in has a process of its own. What glibc, NumPy and torch's GPU allocator hand out to it holds NaN, so
-that an element it forgets to write shows. The last step is called twice, with the same tensors: other bits
-the second time (NaN excepted) make the result a warn at least.
+Each plug-in has a process of its own, which runs in an empty folder of its own: files beside the plug-in are
+found by Path(__file__).parent. What glibc, NumPy and torch's GPU allocator hand out to it holds NaN, so that
+an element it forgets to write shows. The last step is called twice, with the same tensors: other bits the
+second time (NaN excepted) make the result a warn at least.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -53,7 +59,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from .execution import ASKING, Implementation, NoResult
+from .execution import ASKING, Implementation, NoResult, message
 from .poison import poison_malloc
 
 if TYPE_CHECKING:
@@ -65,6 +71,10 @@ DEVICES = ("cpu", "cuda")
 ARGUMENTS = ("x", "weight", "bias", "running_mean", "running_var")
 
 MODULE = "BatchNorm2d(num_features, eps=…, momentum=…, affine=…)"
+
+
+COMPILED = ("torch._dynamo.", "torch.jit.")
+"""How the names of the modules begin in which the classes of compiled and scripted modules are."""
 
 
 class Unavailable(Exception):  # noqa: N818 - an outcome
@@ -101,7 +111,7 @@ def load(backend: str, folder: str) -> Implementation:
         try:
             module = importlib.import_module(target)
         except ImportError as error:
-            raise Unavailable("%s cannot be imported: %s" % (target, error)) from error
+            raise Unavailable("%s cannot be imported: %s" % (target, message(error))) from error
     found = getattr(module, name, None)
     if found is None:
         own = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
@@ -122,6 +132,13 @@ def _implementation(found: Any, place: str, device: str) -> Implementation:
             "%s is a class, but no torch.nn.Module: a function is called for, or a class built like %s"
             % (place, MODULE)
         )
+    if isinstance(found, functools.partial) and isinstance(found.func, type):
+        text = "%s is a functools.partial of %s: a module plug-in must be a class, built like %s"
+        raise Unavailable(text % (place, found.func.__name__, MODULE))
+    if isinstance(found, module_type) and type(found).__module__.startswith(COMPILED):
+        text = "%s is a compiled module: called for is a function that asks for torch tensors and calls it, "
+        text += "or a subclass that compiles its forward"
+        raise Unavailable(text % place)
     if isinstance(found, module_type):
         text = "%s is a module; its class %s is called for, built like %s"
         raise Unavailable(text % (place, type(found).__name__, MODULE))
@@ -174,5 +191,8 @@ def _load_file(path: str) -> Any:
     try:
         spec.loader.exec_module(module)
     except ImportError as error:
-        raise Unavailable("%s cannot be imported: %s" % (path, error)) from error
+        text = "%s cannot be imported: %s" % (path, message(error))
+        if "relative import" in text:
+            text += " (a file is in no package: name it package.module:NAME)"
+        raise Unavailable(text) from error
     return module

@@ -6,13 +6,14 @@ anywhere else (a pool of its own, cudaMalloc) is its own affair.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.hugetlb=1"
 """For GLIBC_TUNABLES, before a process starts: without its cache, every block is malloc's to fill; and in huge
@@ -56,14 +57,16 @@ def poison_torch(size: int) -> None:
     import torch
 
     held = []
-    try:
-        for wanted in (size, size, 1):
-            held.append(torch.full((wanted,), 255, dtype=torch.uint8, device="cuda"))
-        # The allocator takes the smallest free block that is large enough: from the largest on, each its own.
-        for wanted in sorted(_free_blocks(), reverse=True):
-            held.append(torch.full((wanted,), 255, dtype=torch.uint8, device="cuda"))
-    except torch.cuda.OutOfMemoryError:
-        pass  # what there is room for is poisoned
+
+    def fill(sizes: Iterable[int]) -> None:
+        for wanted in sizes:
+            # Where memory is short, what there is room for is poisoned.
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                held.append(torch.full((wanted,), 255, dtype=torch.uint8, device="cuda"))
+
+    fill((size, size, 1))
+    # The allocator takes the smallest free block that is large enough: from the largest on, each its own.
+    fill(sorted(_free_blocks(), reverse=True))
     torch.cuda.synchronize()
 
 

@@ -1,6 +1,6 @@
 """The worker's side of the protocol between an auditor and a subject. This docstring is its contract.
 
-`PYTHON .../bnaudit/worker PARENT_PID`, started in the scratch folder, answers requests until its standard
+`PYTHON .../bnaudit/worker PARENT_PID`, started in an empty folder, answers requests until its standard
 input ends or, on Linux, the process PARENT_PID dies. It needs Python 3.7 and NumPy, and nothing else of the
 auditor's.
 
@@ -73,7 +73,7 @@ UPDATES = ("ema", "caffe")
 def serve(parent: int) -> None:
     """Answers requests until standard input ends. parent: process to die with, where the system can."""
     _die_with(parent)
-    # The core of a worker that is meant to crash would fill the scratch folder.
+    # The core of a worker that is meant to crash would fill its folder.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     requests, replies = _take_pipes()
     faulthandler.enable(all_threads=False)
@@ -149,12 +149,16 @@ class Worker:
 
     def _load(self, name: str, folder: str) -> Implementation:
         if name not in self._loaded:
+            process = os.getpid()
             try:
                 self._loaded[name] = _implementation(name, folder)
             except (plugin.Unavailable, NoResult):
                 raise
             except BaseException as error:  # a module that calls sys.exit is broken, too
                 raise NoResult("raised", describe(error), traced(error)) from error
+            finally:
+                if os.getpid() != process:
+                    os._exit(0)  # the module forked, and this is the copy
         return self._loaded[name]
 
     def _run(self, request: Message) -> Message:

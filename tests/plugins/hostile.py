@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,8 +140,56 @@ def dies_with_a_child(*arguments: Arguments, **options: Any) -> None:
 
 
 def removes_its_folder(x: Any, *arguments: Arguments, **options: Any) -> Any:
-    for folder in Path.cwd().glob("outputs-*"):
+    for folder in Path.cwd().parent.glob("outputs-*"):
         folder.rmdir()
+    return x.copy()
+
+
+def removes_where_it_runs(x: Any, *arguments: Arguments, **options: Any) -> Any:
+    shutil.rmtree(Path.cwd())
+    return x.copy()
+
+
+def relative(*arguments: Arguments, **options: Any) -> None:
+    Path("kernel.cu").read_text()
+
+
+def no_compiler(*arguments: Arguments, **options: Any) -> None:
+    subprocess.run(["no-such-compiler"])
+
+
+def another_shape(x: Any, weight: Any, *arguments: Arguments, **options: Any) -> Any:
+    y = x.copy()
+    x.shape = (1, *x.shape)
+    x.flags.writeable = weight.flags.writeable = False
+    return y
+
+
+def escapes(*arguments: Arguments, **options: Any) -> None:
+    raise ValueError("\x1b[31mred\x00\x9b\x7f\r\n\tnext")
+
+
+def many_lines(*arguments: Arguments, **options: Any) -> None:
+    raise NotImplementedError("one\ntwo\nthree\nfour\n" + "x" * 3_000_000)
+
+
+def long_line(*arguments: Arguments, **options: Any) -> None:
+    raise NotImplementedError("x" * 3_000_000)
+
+
+class _MuteRefusalError(NotImplementedError):
+    def __str__(self) -> str:
+        return 3  # type: ignore[return-value]
+
+
+def mute_refusal(*arguments: Arguments, **options: Any) -> None:
+    raise _MuteRefusalError
+
+
+def only_once(x: Any, *arguments: Arguments, **options: Any) -> Any:
+    only_once.calls = getattr(only_once, "calls", 0) + 1  # type: ignore[attr-defined]
+    if only_once.calls % 2 == 0:  # type: ignore[attr-defined]
+        raise NotImplementedError("busy")
     return x.copy()
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
+import torch.nn.utils.parametrize
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Arguments = Any
@@ -102,7 +105,135 @@ class OwnValueError(AnyRank):
         raise ValueError("mine")
 
 
+class NoForward(torch.nn.Module):  # type: ignore[misc]
+    """Has all that a BatchNorm keeps, under its names."""
+
+    def __init__(self, num_features: int, *, eps: float, momentum: float, affine: bool) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(num_features))
+        self.bias = torch.nn.Parameter(torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+
+class OtherValueError(AnyRank):
+    def forward(self, x: Any) -> Any:
+        return torch.nn.GroupNorm(2, 3)(x)
+
+
+class NoGraph(AnyRank):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x).detach()
+
+
+class UnderNoGrad(AnyRank):
+    def forward(self, x: Any) -> Any:
+        with torch.no_grad():
+            return super().forward(x)
+
+
+class ChangesWeight(AnyRank):
+    def forward(self, x: Any) -> Any:
+        y = super().forward(x)
+        with torch.no_grad():
+            self.weight[1] *= 2
+        return y
+
+
+class ChangesBias(AnyRank):
+    def forward(self, x: Any) -> Any:
+        y = super().forward(x)
+        self.bias.data += 0.5
+        return y
+
+
+class ReturnsTuple(AnyRank):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x), None
+
+
+class ReturnsDict(AnyRank):
+    def forward(self, x: Any) -> Any:
+        return {"y": super().forward(x)}
+
+
+class ReturnsArray(AnyRank):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x).detach().float().numpy()
+
+
+class Gamma(NoForward):
+    def __init__(self, num_features: int, **settings: Any) -> None:
+        super().__init__(num_features, **settings)
+        self.gamma = self.weight
+        del self.weight
+
+
+class OnlyMeans(AnyRank):
+    def __init__(self, num_features: int, **settings: Any) -> None:
+        super().__init__(num_features, **settings)
+        self.running_var = None
+
+
+class ListOfMeans(NoForward):
+    def __init__(self, num_features: int, **settings: Any) -> None:
+        super().__init__(num_features, **settings)
+        del self._buffers["running_mean"]
+        self.__dict__["running_mean"] = [0.0] * num_features
+
+
+class Lazy(torch.nn.LazyBatchNorm2d):  # type: ignore[misc]
+    def __init__(self, num_features: int, *, eps: float, momentum: float, affine: bool) -> None:
+        super().__init__(eps, momentum, affine)
+
+
+class Parametrized(AnyRank):
+    """Computes its weight from another parameter, whenever it is asked for it."""
+
+    def __init__(self, num_features: int, **settings: Any) -> None:
+        super().__init__(num_features, **settings)
+        torch.nn.utils.parametrize.register_parametrization(self, "weight", torch.nn.Softplus())
+
+
+class OnMeta(AnyRank):
+    def __init__(self, num_features: int, **settings: Any) -> None:
+        super().__init__(num_features, device="meta", **settings)
+
+
+# --- unusual, but right ----------------------------------------------------------------------------
+
+
+class Silent(AnyRank):
+    """Its to() and train() return nothing."""
+
+    def to(self, *arguments: Any, **options: Any) -> None:
+        super().to(*arguments, **options)
+
+    def train(self, mode: bool = True) -> None:
+        super().train(mode)
+
+
+class Frozen(AnyRank):
+    def __init__(self, num_features: int, **settings: Any) -> None:
+        super().__init__(num_features, **settings)
+        self.requires_grad_(False)
+
+
+class Buffers(AnyRank):
+    """Keeps weight and bias in buffers."""
+
+    def __init__(self, num_features: int, **settings: Any) -> None:
+        super().__init__(num_features, **{**settings, "affine": False})
+        del self.weight, self.bias
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+
+
+# --- one mistake each ------------------------------------------------------------------------------
+
+
 instance = AnyRank(3)
+part = functools.partial(AnyRank, track_running_stats=True)
 
 
 def no_grad_output(
@@ -148,7 +279,7 @@ def nothing(x: Any, *arguments: Arguments, **options: Any) -> None:
 
 
 def detached_input(x: Any, weight: Any, *arguments: Arguments, **options: Any) -> Any:
-    return x.detach() * weight.view(1, -1, 1, 1)
+    return (x.detach() * weight.view(1, -1, 1, 1)).to(x.dtype)
 
 
 def in_place(x: Any, *arguments: Arguments, **options: Any) -> Any:
@@ -169,7 +300,58 @@ def in_place_graph(x: Any, *arguments: Arguments, **options: Any) -> Any:
 
 
 def no_operator(x: Any, *arguments: Arguments, **options: Any) -> Any:
+    return torch.special.bessel_j0(x)
+
+
+def own_words(x: Any, *arguments: Arguments, **options: Any) -> Any:
     raise RuntimeError("\"special\" not implemented for 'Half'")
+
+
+def inner_refusal(x: Any, *arguments: Arguments, **options: Any) -> Any:
+    return _Refusing.apply(x)
+
+
+class _Refusing(torch.autograd.Function):  # type: ignore[misc]
+    @staticmethod
+    def forward(context: Any, x: Any) -> Any:
+        return x * 1
+
+    @staticmethod
+    def backward(context: Any, grad_output: Any) -> Any:
+        raise NotImplementedError("no backward yet")
+
+
+class _Forward(torch.autograd.Function):  # type: ignore[misc]
+    @staticmethod
+    def forward(context: Any, x: Any) -> Any:
+        return x * 1
+
+
+def no_backward(x: Any, *arguments: Arguments, **options: Any) -> Any:
+    return _Forward.apply(x)
+
+
+def from_meta(x: Any, *arguments: Arguments, **options: Any) -> Any:
+    return x.to("meta").cpu()
+
+
+def meta_graph(x: Any, *arguments: Arguments, **options: Any) -> Any:
+    return x.to("meta")
+
+
+def nested(x: Any, *arguments: Arguments, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype
+        return torch.nested.nested_tensor(list(x.detach().unbind()))
+
+
+def without_an_array(x: Any, *arguments: Arguments, **options: Any) -> Any:
+    return x.detach().as_subclass(_Arrayless)
+
+
+class _Arrayless(torch.Tensor):  # type: ignore[misc]
+    def detach(self) -> Any:
+        raise TypeError("no detach")
 
 
 def out_of_memory(x: Any, *arguments: Arguments, **options: Any) -> Any:

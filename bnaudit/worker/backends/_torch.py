@@ -391,9 +391,14 @@ def to_tensor(array: Array | None, device: str) -> Tensor | None:
 
 
 def to_array(tensor: Tensor) -> Array:
+    """The tensor's values (bfloat16 as its bits in uint16) on the host; on the CPU, in its memory.
+
+    Raises what torch raises for tensors that NumPy cannot hold.
+    """
     import torch
 
-    tensor = tensor.detach().cpu()
+    # A conjugate or a negative may be a flag on memory that holds something else.
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
     if tensor.dtype == torch.bfloat16:
         bits: Array = tensor.view(torch.int16).numpy().view(np.uint16)
         return bits

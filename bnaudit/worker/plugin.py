@@ -16,7 +16,8 @@ is not judged, and None is as good as a key left out. Other keys are ignored, bu
 of these, misspelt or by another usual name (mean, dx, dgamma), that is not there. y and grad_input have x's
 shape and the case's dtype, per-channel quantities the shape (C,) and any floating-point dtype. running_mean
 and running_var may be updated in place instead (where one of them changes, both are judged); a returned key
-wins. x, weight, bias and grad_output must be left as they are, and so must the gaps beside the elements of a strided tensor, which hold NaN.
+wins. x, weight, bias and grad_output must be left as they are, and so must the gaps beside the elements of a
+strided tensor, which hold NaN.
 
 Raising NotImplementedError says "not this case", and its message why; to say so only when called again is a
 fault. Attributes of the function declare its conventions: `running_var_correction` (1: n / (n − 1), the

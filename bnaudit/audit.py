@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 from bnaudit.consistency import Bench, Call, Consistency, Disagreement, examine
 from bnaudit.deviation import Measurement
+from bnaudit.environments import AnySubject
 from bnaudit.inputs import Inputs, make
 from bnaudit.measure import Reference
 from bnaudit.reference import check_environment
 from bnaudit.scenario import Case, Scenario
-from bnaudit.subject import Subject
 from bnaudit.verdict import Judged, judge
 from bnaudit.worker.rounding import storage
 
@@ -114,13 +114,13 @@ Event = CaseFacts | Result | ControlOutcome | Disagreement | Consistency
 def run(
     scenarios: Sequence[Scenario],
     selection: Sequence[Selected],
-    subject: Subject,
+    subject: AnySubject,
     scratch: Path,
     *,
     matches: Callable[[str, str], bool] = lambda case, backend: True,
     stop_early: bool = False,
     checks: frozenset[str] = frozenset(),
-    other: Subject | None = None,
+    other: AnySubject | None = None,
 ) -> Iterator[Event]:
     """Runs every case on the selected backends and on its scenario's controls.
 
@@ -171,11 +171,11 @@ def _run_case(
     case: Case,
     backends: Sequence[Selected],
     unavailable: Mapping[str, str | None],
-    subject: Subject,
+    subject: AnySubject,
     scratch: Path,
     done: dict[tuple[str, str], Call],
     checks: frozenset[str],
-    other: Subject | None,
+    other: AnySubject | None,
 ) -> Iterator[Event]:
     """Events of one case. done: calls of earlier cases, so that identical ones are not made again."""
     obstacle = case.unsupported() or _shortage(case)
@@ -219,7 +219,8 @@ def _run_case(
                         fresh[backend.name] = call
                     call = kept
                 outcome = _outcome(call, case, reference)
-            yield Result(case, backend.name, subject.name, gated=backend.gated, **outcome)
+            place = subject.environment_of(backend.name)
+            yield Result(case, backend.name, place, gated=backend.gated, **outcome)
         if inputs is not None and reference is not None:
             bench = Bench(case, inputs, reference, subject, other, folder)
             yield from examine(bench, fresh, checks)
@@ -248,7 +249,9 @@ def available_memory() -> int | None:
     return int(kib[0]) * 1024 if kib else None
 
 
-def _call(backend: str, case: Case, inputs: Inputs, reference: Reference, subject: Subject) -> Call:
+def _call(
+    backend: str, case: Case, inputs: Inputs, reference: Reference, subject: AnySubject
+) -> Call:
     reply = subject.run(backend, case, inputs)
     measurements: Mapping[str, Measurement] = {}
     if reply.outcome == "done":

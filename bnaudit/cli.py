@@ -6,6 +6,7 @@ Only click is imported at once, so that `bnaudit --help` is immediate.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -93,13 +94,14 @@ def _explained(verbose: bool = False) -> Iterator[None]:
     except (click.ClickException, BrokenPipeError):
         raise
     except Exception as error:
+        from bnaudit.environments import EnvironmentSpecError
         from bnaudit.reference import EnvironmentFaultError
         from bnaudit.report import ReportError
         from bnaudit.scenario import ScenarioError
         from bnaudit.selection import SelectionError
         from bnaudit.subject import SubjectError
 
-        if isinstance(error, ReportError | ScenarioError | SelectionError):
+        if isinstance(error, EnvironmentSpecError | ReportError | ScenarioError | SelectionError):
             raise _Failure(str(error), USAGE) from error
         if isinstance(error, SubjectError):
             raise _Failure(str(error), INCOMPLETE) from error
@@ -166,6 +168,15 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     "Default: the real frameworks of this interpreter, gemm and welford.",
 )
 @click.option(
+    "--env",
+    "specifications",
+    multiple=True,
+    metavar="NAME=SPEC",
+    help="Another environment, for backends named NAME:BACKEND (without -b: all its frameworks). SPEC is "
+    "an interpreter, a virtual environment's folder, cmd:COMMAND, or requirements such as "
+    "'python3.10 torch==2.4.0', which are installed into a cache; repeatable.",
+)
+@click.option(
     "-k",
     "expression",
     metavar="EXPR",
@@ -227,6 +238,7 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
 def run(
     paths: tuple[str, ...],
     backends: tuple[str, ...],
+    specifications: tuple[str, ...],
     expression: str | None,
     required: tuple[str, ...],
     threads: int,
@@ -248,7 +260,7 @@ def run(
         raise click.UsageError("-q and -v exclude each other", click.get_current_context())
     with _explained(verbose), _interruptible():
         _find_cache()
-        from bnaudit import audit, selection
+        from bnaudit import audit, environments, selection
         from bnaudit.progress import CaseProgress
         from bnaudit.report import Writer
         from bnaudit.scenario import load
@@ -257,21 +269,39 @@ def run(
 
         matches = selection.matcher(expression) if expression is not None else _anything
         scenarios = load(paths)
-        selected = selection.select(backends, required, BACKENDS)
+        places = [
+            environments.resolve(name, spec, _announce)
+            for name, spec in environments.parse_all(specifications)
+        ]
+        names = [place.name for place in places]
+        selected = selection.select(backends, required, BACKENDS, names)
         path = Path(target) if target not in (None, "-") else None
         writer = Writer(path, ["bnaudit", *sys.argv[1:]])
-        with (
-            scratch_folder() as scratch,
-            Subject(threads=threads, timeout=timeout, scratch=scratch) as subject,
-            Subject(threads=1 if threads > 1 else 2, timeout=timeout, scratch=scratch) as other,
-        ):
+        with scratch_folder() as scratch, contextlib.ExitStack() as stack:
+
+            def start(threads: int) -> environments.AnySubject:
+                make = functools.partial(Subject, threads=threads, timeout=timeout, scratch=scratch)
+                current = stack.enter_context(make())
+                if not places:
+                    return current
+                others = {
+                    place.name: stack.enter_context(make(name=place.name, command=place.command))
+                    for place in places
+                }
+                return environments.Subjects({environments.CURRENT: current, **others})
+
+            subject, other = start(threads), start(1 if threads > 1 else 2)
             reasons = subject.describe([backend.name for backend in selected])
-            environment = writer.add_environment(subject.environment())
+            if places and not backends:
+                selected = _available(selected, reasons, names)
+            environment, *rest = map(writer.add_environment, subject.environments())
             writer.missing = {
                 b.name: why for b in selected if b.required and (why := reasons[b.name])
             }
             screen = _Screen(stderr=target == "-", verbose=verbose)
             cases = screen.open(environment, scenarios, selected, reasons, matches, writer.missing)
+            for place in rest:
+                screen.say(f"{place.name}: {place.summary()}")
             if not cases:
                 screen.say(f"no case and backend match -k {expression!r}")
             events = audit.run(
@@ -314,6 +344,24 @@ def run(
             saved = f", which are in {path}" if path is not None else ""
             click.echo(f"bnaudit: interrupted after {len(results)} results{saved}", err=True)
         return summary.exit_code
+
+
+def _announce(text: str) -> None:
+    click.echo(f"bnaudit: {text}", err=True)
+
+
+def _available(
+    selected: Sequence[Selected], reasons: Mapping[str, str | None], environments: Sequence[str]
+) -> list[Selected]:
+    """Of backends that nobody named, those that other environments have; each must have one."""
+    for name in environments:
+        own = {b.name: reasons[b.name] for b in selected if b.name.startswith(f"{name}:")}
+        if None not in own.values():
+            first, reason = next(iter(own.items()))
+            raise _Failure(
+                f"{name} has no framework that bnaudit knows; {first}: {reason}", INCOMPLETE
+            )
+    return [backend for backend in selected if backend.required or reasons[backend.name] is None]
 
 
 def _anything(case: str, backend: str) -> bool:
@@ -628,21 +676,29 @@ def _one_backend(given: str) -> str:
 @cli.command("list")
 @click.argument(
     "what",
-    type=click.Choice(["backends", "scenarios", "cases"]),
+    type=click.Choice(["backends", "scenarios", "cases", "environments"]),
     default="backends",
     metavar="[WHAT]",
 )
 @PATHS
-def list_(what: str, paths: tuple[str, ...]) -> None:
-    """Lists backends (the default), scenarios or cases.
+@click.option("--prune", is_flag=True, help="Remove the environments that were built (--env).")
+def list_(what: str, paths: tuple[str, ...], prune: bool) -> None:
+    """Lists backends (the default), scenarios, cases or built environments.
 
     PATH limits scenarios and cases, as in bnaudit run.
     """
     with _explained(), _interruptible():
+        if paths and what in ("backends", "environments"):
+            raise click.UsageError(f"list {what} takes no PATH", click.get_current_context())
+        if prune and what != "environments":
+            raise click.UsageError(
+                "--prune belongs to list environments", click.get_current_context()
+            )
         if what == "backends":
-            if paths:
-                raise click.UsageError("list backends takes no PATH", click.get_current_context())
             _list_backends()
+            return
+        if what == "environments":
+            _list_environments(prune)
             return
         from bnaudit.render.console import scenario_list
         from bnaudit.scenario import load
@@ -668,6 +724,17 @@ def _list_backends() -> None:
         for name, backend in BACKENDS.items()
     ]
     _print(backend_list(entries))
+
+
+def _list_environments(prune: bool) -> None:
+    from bnaudit import environments
+
+    for folder, request in environments.built():
+        click.echo(f"{request['python']} {' '.join(request['requirements'])}\n    {folder}")
+    if prune:
+        click.echo(f"removed {len(environments.prune())} from {environments.cache_folder()}")
+    elif not any(environments.built()):
+        click.echo(f"none built yet; they would be in {environments.cache_folder()}")
 
 
 @cli.command()

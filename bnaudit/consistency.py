@@ -23,10 +23,11 @@ from typing import TypeAlias
 import numpy as np
 
 from bnaudit.deviation import Measurement
+from bnaudit.environments import AnySubject
 from bnaudit.inputs import Array, Inputs
 from bnaudit.measure import Reference
 from bnaudit.scenario import Case
-from bnaudit.subject import Reply, Subject
+from bnaudit.subject import Reply
 from bnaudit.worker.execution import IN_FULL, difference
 from bnaudit.worker.rounding import round_to
 
@@ -86,8 +87,8 @@ class Bench:
     case: Case
     inputs: Inputs
     reference: Reference
-    subject: Subject
-    other: Subject | None
+    subject: AnySubject
+    other: AnySubject | None
     folder: Path
 
 

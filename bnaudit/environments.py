@@ -19,11 +19,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from bnaudit.inputs import Inputs
 from bnaudit.scenario import Case
-from bnaudit.subject import Reply, Subject
+from bnaudit.subject import Reply, Subject, SubjectError
 
 CURRENT = "current"
 """The name of the interpreter that the auditor itself runs in."""
@@ -69,6 +69,16 @@ def parse(given: str) -> tuple[str, str]:
             f"the name {CURRENT!r} belongs to the interpreter that bnaudit runs in"
         )
     return name, spec.strip()
+
+
+def parse_all(given: Sequence[str]) -> list[tuple[str, str]]:
+    """NAME and SPEC of each NAME=SPEC, no name twice. Raises EnvironmentSpecError."""
+    parsed = [parse(text) for text in given]
+    names = [name for name, _ in parsed]
+    for name in names:
+        if names.count(name) > 1:
+            raise EnvironmentSpecError(f"the environment {name!r} is given twice")
+    return parsed
 
 
 def resolve(name: str, spec: str, say: Callable[[str], None]) -> Environment:
@@ -184,6 +194,17 @@ class Subjects:
         """The name of the environment in which a backend runs."""
         return split(backend, list(self._subjects))[0]
 
+    def environments(self) -> list[dict[str, Any]]:
+        """What backends run on, of each environment in which a worker starts; the current one first."""
+        found = []
+        for name, subject in self._subjects.items():
+            try:
+                found.append(subject.environment())
+            except SubjectError:
+                if name == CURRENT:
+                    raise
+        return found
+
     def describe(self, backends: Sequence[str]) -> dict[str, str | None]:
         """Why each backend cannot run, or None."""
         found: dict[str, str | None] = {}
@@ -203,3 +224,7 @@ class Subjects:
         """Runs one case on one backend where that lives."""
         name, rest = split(backend, list(self._subjects))
         return self._subjects[name].run(rest, case, inputs)
+
+
+AnySubject: TypeAlias = Subject | Subjects
+"""What calls backends: one environment, or several."""

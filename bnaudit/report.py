@@ -122,6 +122,11 @@ class Environment(_Record):
     devices: list[Device]
     flags: dict[str, Any]
 
+    def summary(self) -> str:
+        """Python and the packages that are there, in a line."""
+        there = [f"{name} {version}" for name, version in self.packages.items() if version]
+        return ", ".join([f"Python {self.python}", *there])
+
 
 class CaseRecord(_Record):
     """A case with its parameters resolved, and what is known of its input.

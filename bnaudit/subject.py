@@ -12,6 +12,7 @@ import json
 import os
 import re
 import selectors
+import shlex
 import shutil
 import signal
 import subprocess
@@ -137,14 +138,17 @@ class Subject:
         self,
         *,
         name: str = "current",
-        python: str = sys.executable,
+        command: Sequence[str] = (sys.executable,),
         threads: int = 2,
         timeout: float = 60.0,
         scratch: Path,
     ) -> None:
-        """threads: for every backend. timeout: seconds for a run, its first FIRST_CALL times as many."""
+        """command: starts a Python, with the worker's arguments behind it.
+
+        threads: for every backend. timeout: seconds for a run, its first FIRST_CALL times as many.
+        """
         self.name = name
-        self._python = python
+        self._command = command
         self.threads = threads
         self._timeout = timeout
         self._scratch = scratch
@@ -165,6 +169,10 @@ class Subject:
     ) -> None:
         """Kills the workers."""
         self.close()
+
+    def environment_of(self, backend: str) -> str:
+        """The name of the environment in which a backend runs: this one's."""
+        return self.name
 
     def close(self) -> None:
         """Kills the workers and whatever they started."""
@@ -197,11 +205,15 @@ class Subject:
             except _Failure as failure:
                 if plugin.is_plugin(key):
                     continue  # running it will tell
-                raise SubjectError(f"{self._python}: {failure.reason}") from failure
+                raise SubjectError(f"{shlex.join(self._command)}: {failure.reason}") from failure
             found = found or part
             found["devices"] += [d for d in part["devices"] if d not in found["devices"]]
             found["flags"] = {**found["flags"], **part["flags"]}
         return {"name": self.name, **found}
+
+    def environments(self) -> list[dict[str, Any]]:
+        """What backends run on: this environment alone."""
+        return [self.environment()]
 
     def run(self, backend: str, case: Case, inputs: Inputs) -> Reply:
         """Runs one case on one backend; whatever the backend does comes back as a Reply."""
@@ -240,7 +252,9 @@ class Subject:
             with self._worker(key) as worker:
                 return worker.unavailable(names, self._folder)
         except _NoStart as failure:
-            return dict.fromkeys(names, f"no worker starts in {self._python}: {failure.reason}")
+            return dict.fromkeys(
+                names, f"no worker starts in {shlex.join(self._command)}: {failure.reason}"
+            )
         except _Failure as failure:
             late = f"not loaded within {START_LIMIT:g} s" if failure.outcome == "timeout" else None
             return dict.fromkeys(names, late)
@@ -253,7 +267,7 @@ class Subject:
             if worker is None or worker.has_exited():
                 self._stop(key)
                 environment = _environment(self.threads, plugin.is_plugin(key))
-                worker = self._workers[key] = _Worker(self._python, environment, self._scratch)
+                worker = self._workers[key] = _Worker(self._command, environment, self._scratch)
                 worker.greet()
             yield worker
         except BaseException:
@@ -276,7 +290,9 @@ def _worker_key(backend: str) -> str:
 class _Worker:
     """One process, with the auditor's ends of its pipes."""
 
-    def __init__(self, python: str, environment: Mapping[str, str], scratch: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], scratch: Path
+    ) -> None:
         self._count = 0
         self._pending = b""
         self._stderr = b""
@@ -287,7 +303,7 @@ class _Worker:
         try:
             # No -I: on clusters libraries come by way of PYTHONPATH and the user's site-packages.
             self._process = subprocess.Popen(
-                [python, str(script), str(os.getpid())],
+                [*command, str(script), str(os.getpid())],
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 from standins import CONSTANT, ENVIRONMENT, OFFSET, facts, result, scenarios, typical
 
-from bnaudit import __version__, audit, subject
+from bnaudit import __version__, audit, environments, subject
 from bnaudit.cli import CHECKS, cli, main
 from bnaudit.consistency import Consistency
 from bnaudit.report import json_schema, load
@@ -70,6 +70,9 @@ class Subject:
 
     def __exit__(self, *error: object) -> None:
         pass
+
+    def environments(self) -> list[dict[str, Any]]:
+        return [self.environment()]
 
     def describe(self, backends: Sequence[str]) -> dict[str, str | None]:
         return {name: "no GPU" if name.endswith("cuda") else None for name in backends}
@@ -429,6 +432,77 @@ def test_listed_backends_say_why_they_are_unavailable(invoke: Invoke, mock: Mock
     assert "    unavailable: no GPU" in lines[index:]
     assert [line.split()[0] for line in lines if line[0] != " "] == list(BACKENDS)
     assert max(len(line) for line in lines) <= 80
+
+
+def test_built_environments_are_listed_and_pruned(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "bnaudit" / "environments" / "0123"
+    none = f"none built yet; they would be in {folder.parent}\n"
+    assert invoke("list", "environments").out == none
+    folder.mkdir(parents=True)
+    request = {"python": "/usr/bin/python3.8", "requirements": ["mxnet==1.9.1", "numpy"]}
+    (folder / environments.REQUEST).write_text(json.dumps(request))
+    listed = f"/usr/bin/python3.8 mxnet==1.9.1 numpy\n    {folder}\n"
+    assert invoke("list", "environments").out == listed
+    assert invoke("list", "environments", "--prune").out.endswith(
+        f"removed 1 from {folder.parent}\n"
+    )
+    assert invoke("list", "environments").out == none
+    assert "--prune belongs to" in invoke("list", "backends", "--prune").err
+
+
+def test_a_backend_runs_in_another_environment_and_the_report_says_where(
+    invoke: Invoke, tmp_path: Path
+) -> None:
+    (tmp_path / "small.yaml").write_text(OFFSET)
+    backend = "other:two-pass@cpu"
+    outcome = invoke(
+        "run",
+        "small.yaml",
+        "--env",
+        f"other={sys.executable}",
+        "-b",
+        backend,
+        "--json",
+        "r.json",
+        "-q",
+    )
+    assert outcome.code == 0
+    assert "other: Python 3" in outcome.out
+    saved = load(Path("r.json"))
+    assert [environment.name for environment in saved.environments] == ["current", "other"]
+    assert {(r.backend, r.environment) for r in saved.results} == {(backend, "other")}
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--env", "other"], 2, "is no environment"),
+        (["--env", "a=x/y", "--env", "a=z"], 2, "given twice"),
+        (["--env", "a=no/such/python"], 2, "there is no"),
+        (["--env", "a=/bin/false"], 3, "a has no framework that bnaudit knows"),
+    ],
+)
+def test_an_environment_that_cannot_be_had_is_one_sentence(
+    invoke: Invoke, options: list[str], code: int, words: str
+) -> None:
+    outcome = invoke("run", "s.yaml", *options)
+    assert (outcome.code, outcome.err.count("\n")) == (code, 1)
+    assert words in outcome.err
+
+
+def test_an_environment_that_does_not_start_costs_its_own_rows_only(
+    invoke: Invoke, tmp_path: Path
+) -> None:
+    (tmp_path / "small.yaml").write_text(OFFSET)
+    outcome = invoke(
+        "run", "small.yaml", "--env", "a=/bin/false", "-b", "a:exact", "-b", "exact", "-q"
+    )
+    assert outcome.code == 3
+    assert "asked for and unavailable: a:exact@cpu" in outcome.out
+    assert "2 of 4 ran: 2 pass; 2 unavailable" in outcome.out
 
 
 def test_listed_scenarios_have_the_first_sentence_of_their_description(invoke: Invoke) -> None:

@@ -229,7 +229,7 @@ def test_two_backends_that_return_batch_statistics_in_inference_are_compared_in_
 ) -> None:
     on = bench(tmp_path, Stub(), text=TEXT + "mode: inference\n")
     call = first_call(on)
-    call.reply.outputs["batch_mean"] = np.zeros(3, np.float32)
+    cast(dict[str, Any], call.reply.outputs)["batch_mean"] = np.zeros(3, np.float32)
     (found,) = examine(on, {"a": call, "b": call}, frozenset())
     assert isinstance(found, Disagreement)
     assert (found.quantity, found.ratio) == ("y", 0)

@@ -567,7 +567,7 @@ def test_an_interpreter_that_cannot_serve_makes_everything_unavailable(
     for python in (str(tmp_path / "absent"), str(script)):
         if python == str(script):
             script.chmod(0o755)
-        with scratch_folder() as scratch, Subject(scratch=scratch, python=python) as subject:
+        with scratch_folder() as scratch, Subject(scratch=scratch, command=(python,)) as subject:
             reply = subject.run(GOOD, *small)
             assert reply.outcome == "unavailable"
             assert f"no worker starts in {python}: " in (reply.reason or "")

@@ -24,6 +24,19 @@ PACKAGES = (
     "triton",
     "cupy-cuda12x",
     "cupy-cuda13x",
+    "onnxruntime",
+    "onnx",
+    "chainer",
+    "mxnet",
+    "mlx",
+    "tinygrad",
+    "paddlepaddle",
+    "jax",
+    "jaxlib",
+    "flax",
+    "tensorflow",
+    "tensorflow-cpu",
+    "keras",
 )
 """Distributions whose version can change a result."""
 

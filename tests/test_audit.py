@@ -36,6 +36,9 @@ class Subject:
         self.calls: list[tuple[str, str]] = []
         self.unavailable: dict[str, str] = {}
 
+    def environment_of(self, backend: str) -> str:
+        return self.name
+
     def describe(self, backends: Sequence[str]) -> dict[str, str | None]:
         return {name: self.unavailable.get(name) for name in backends}
 

@@ -498,7 +498,7 @@ class _Screen:
     type=click.FloatRange(min=1),
     default=4.0,
     show_default=True,
-    help="Growth of T from which on a deviation above the tight bound is a regression.",
+    help="Growth of ×bound from which on a deviation above the tight bound is a regression.",
 )
 @click.option(
     "--fail-on",

@@ -187,7 +187,7 @@ def compare(
     the old one where the new T0 (T where there is no T0) is above 1; a deviation of y that is not above
     its floor is none. Only gated backends decide on the exit code: 1 where one regressed (fail_on
     "change": where anything of one changed; "never": not at all), 3 where inputs of a case differ, 5 where
-    no result has a counterpart.
+    no gated result has a counterpart.
     renamed: names of NEW's backends by those of OLD's, where they differ. Raises ComparisonError.
     """
     pairing = _Pairing(old, new, _resolve(old, new, renamed or {}))
@@ -202,7 +202,7 @@ def compare(
     changes.sort(key=_severity)
     counts = Counter(change.kind for change in changes)
     gated = any(change.gated for change in changes)
-    verdict = _verdict(pairing, changes)
+    verdict = _verdict(pairing, changes, gates=any(r.gated for r in (*old.results, *new.results)))
     fails = (verdict == "regression" and fail_on != "never") or (gated and fail_on == "change")
     code = 1 if fails else {"incomplete": 3, "nothing-in-common": 5}.get(verdict, 0)
     return Comparison.model_validate(
@@ -226,12 +226,16 @@ def compare(
     )
 
 
-def _verdict(pairing: _Pairing, changes: Sequence[Change]) -> str:
+def _verdict(pairing: _Pairing, changes: Sequence[Change], *, gates: bool) -> str:
+    """gates: whether a backend of either report is gated; then specimens alone are nothing in common."""
     if any(change.regression and change.gated for change in changes):
         return "regression"
     if pairing.errors:
         return "incomplete"
-    if not any(old.status in RAN and new.status in RAN for old, new in pairing.results):
+    if not any(
+        old.status in RAN and new.status in RAN and (old.gated or new.gated or not gates)
+        for old, new in pairing.results
+    ):
         return "nothing-in-common"
     return "changed" if changes else "same"
 

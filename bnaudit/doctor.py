@@ -82,7 +82,7 @@ def examine(threads: int) -> list[Entry]:
         entries.append(
             Entry(name, ", ".join(versions)) if versions else Entry(name, missing, command)
         )
-    flags = ", ".join(f"{name} {value}" for name, value in found["flags"].items())
+    flags = ", ".join(f"{name} {value}" for name, value in found["flags"].items() if value != "")
     if flags:
         entries.append(Entry("flags", flags))
     if driver is None:

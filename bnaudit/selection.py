@@ -53,6 +53,7 @@ def select(
 
     for given in names:
         environment, rest = split(given, environments)
+        _refuse_unknown(given, table, environments)
         members = _group(rest, table)
         if members is None:
             for name, must_run in _resolve(rest, table):
@@ -71,6 +72,17 @@ def select(
             if must_run:
                 add(environment, name, gated=False, required=True)
     return list(chosen.values())
+
+
+def _refuse_unknown(given: str, table: Mapping[str, Backend], environments: Sequence[str]) -> None:
+    """Raises SelectionError for ENV:BACKEND where no such environment was given."""
+    name, colon, rest = given.partition(":")
+    known = any(rest in (backend, backend.partition("@")[0]) for backend in table)
+    if colon and known and name not in environments:
+        given_ = ", ".join(environments) or "none"
+        raise SelectionError(
+            f"{given!r}: there is no environment {name!r}; given with --env: {given_}"
+        )
 
 
 def frameworks(table: Mapping[str, Backend]) -> list[str]:

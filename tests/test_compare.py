@@ -689,3 +689,12 @@ def test_mistakes_are_one_line_and_exit_2(
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_specimens_alone_are_nothing_in_common_where_a_backend_is_gated() -> None:
+    case = scenarios()[0].cases[0]
+    both = report(facts(case), result(case, "torch@cpu"), result(case, "welford@cpu"))
+    specimen = report(facts(case), result(case, "welford@cpu"))
+    found = compare(both, specimen)
+    assert (found.verdict, found.exit_code) == ("nothing-in-common", 5)
+    assert compare(specimen, specimen).verdict == "same"

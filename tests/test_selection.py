@@ -99,6 +99,11 @@ def test_without_names_the_frameworks_of_other_environments_are_what_is_gated() 
     assert not any("torch-" in s.name for s in chosen)
 
 
+def test_an_environment_that_was_not_given_is_no_plug_in() -> None:
+    with pytest.raises(SelectionError, match="no environment 'olt'; given with --env: old, new"):
+        select(["olt:torch@cpu"], [], BACKENDS, ["old", "new"])
+
+
 def test_a_group_cannot_be_required() -> None:
     with pytest.raises(SelectionError, match="not the group 'real'"):
         select([], ["real"], BACKENDS)

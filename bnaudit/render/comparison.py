@@ -42,7 +42,7 @@ STYLES = {
 VERDICTS = {
     "regression": "NEW is worse",
     "incomplete": "some cases have other inputs and were not compared",
-    "nothing-in-common": "no result has a counterpart in the other report",
+    "nothing-in-common": "no gated result has a counterpart in the other report (--map OLD=NEW pairs others)",
     "changed": "no regression",
     "same": "no change",
 }

@@ -84,6 +84,11 @@ class Measurement:
     judged: bool = True
     unjudged: int = 0
 
+    @property
+    def sound(self) -> bool:
+        """Whether T is at most 1 and everything is finite that should be, where that is judged at all."""
+        return self.bound_ratio is None or (self.bound_ratio <= 1 and self.nonfinite == 0)
+
 
 class Tally(NamedTuple):
     """Running maxima per channel (C,), updated in place by the kernels. position: element n·S + s."""

@@ -283,11 +283,11 @@ class Reference:
             start, limits, [float(w) for w in weights], float(factor), case.parameter_dtype
         )
         measurement = measure_channels(got, right, allowance, fresh, case.parameter_dtype)
-        if case.n == 1 and not is_mean and not _passes(measurement):
+        if case.n == 1 and not is_mean and not measurement.sound:
             # With one value per channel the unbiased variance is undefined: it may also stay as it was.
             stay = Pair(start, np.zeros(case.channels))
             other = measure_channels(got, stay, allowance, fresh, case.parameter_dtype)
-            return other if _passes(other) else measurement
+            return other if other.sound else measurement
         return measurement
 
 
@@ -318,11 +318,6 @@ def _weighted(
                     )
                 else:
                     weighted[c] += g * (ax + size[c])
-
-
-def _passes(measurement: Measurement) -> bool:
-    ratio = measurement.bound_ratio
-    return ratio is None or (ratio <= 1 and measurement.nonfinite == 0)
 
 
 def _caffe_weights(case: Case) -> list[Fraction]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Dict, Optional
 import numpy as np
 
 from ._blocks import block_sums
-from ._numpy import channel_rows, empty_batch
+from ._numpy import channel_rows, empty_batch, expand
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -69,7 +69,7 @@ class OnGpu(OnCpu):
     def var(self, x: Array, mean: Array) -> Array:
         """Return the biased variances, each a product."""
         alpha = x.dtype.type(x.shape[1] / x.size)
-        return alpha * self.total(np.square(x - _expand(mean, x)))
+        return alpha * self.total(np.square(x - expand(mean, x)))
 
     def average(self, values: Array, count: int) -> Array:
         """Return values · (1 / count)."""
@@ -79,10 +79,6 @@ class OnGpu(OnCpu):
 
 def _axes(x: Array) -> Any:
     return (0, *range(2, x.ndim))
-
-
-def _expand(vector: Array, x: Array) -> Array:
-    return vector.reshape((1, -1) + (1,) * (x.ndim - 2))
 
 
 class Chainer2016:
@@ -130,9 +126,9 @@ class Chainer2016:
             else:
                 mean, var = running_mean, running_var
             std = np.sqrt(var)
-            x_hat = (x - _expand(mean, x)) / _expand(std, x)
-            y = x_hat if weight is None else _expand(weight, x) * x_hat
-            outputs["y"] = y if bias is None else y + _expand(bias, x)
+            x_hat = (x - expand(mean, x)) / expand(std, x)
+            y = x_hat if weight is None else expand(weight, x) * x_hat
+            outputs["y"] = y if bias is None else y + expand(bias, x)
             if grad_output is not None:
                 gy = np.ascontiguousarray(grad_output)
                 gbeta, ggamma = device.total(gy), device.total(gy * x_hat)
@@ -141,9 +137,9 @@ class Chainer2016:
                 if bias is not None:
                     outputs["grad_bias"] = gbeta
                 if training:
-                    sums = x_hat * _expand(ggamma, x) + _expand(gbeta, x)
+                    sums = x_hat * expand(ggamma, x) + expand(gbeta, x)
                     gy = gy - device.average(sums, count)
-                outputs["grad_input"] = _expand(gamma / std, x) * gy
+                outputs["grad_input"] = expand(gamma / std, x) * gy
         return outputs
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from ._blas import chain
 from ._blocks import block_sums
-from ._numpy import channel_rows, empty_batch
+from ._numpy import channel_rows, empty_batch, expand
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -90,15 +90,15 @@ class MxNet2016:
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             if not training:
                 std = np.sqrt(running_var + epsilon)
-                shift = _expand(beta - gamma * running_mean / std, x)
-                return {"y": _expand(gamma / std, x) * x + shift}
+                shift = expand(beta - gamma * running_mean / std, x)
+                return {"y": expand(gamma / std, x) * x + shift}
             scale = np.float32(x.shape[1]) / np.float32(x.size)
             mean = scale * self.total(x)
-            centred = x - _expand(mean, x)
+            centred = x - expand(mean, x)
             var = scale * self.total(np.square(centred))
-            normalized = centred / _expand(np.sqrt(var + epsilon), x)
-            y = normalized if self.fix_gamma else normalized * _expand(gamma, x)
-            outputs = {"y": y + _expand(beta, x), "batch_mean": mean, "batch_var": var}
+            normalized = centred / expand(np.sqrt(var + epsilon), x)
+            y = normalized if self.fix_gamma else normalized * expand(gamma, x)
+            outputs = {"y": y + expand(beta, x), "batch_mean": mean, "batch_var": var}
             kept, new = running_mean, running_var
             if grad_output is not None:
                 fraction = np.float32(1 - momentum)
@@ -119,25 +119,21 @@ class MxNet2016:
         """Gradients, with eps already in var; the gradients of var and mean always contain gamma."""
         real = np.float32
         scale = real(grad.shape[1]) / real(grad.size)
-        scaled = grad * _expand(gamma, grad)
+        scaled = grad * expand(gamma, grad)
         # In float64 and rounded: powf's last bit is the C library's own.
         slope = np.power(var.astype(np.float64), -1.5).astype(np.float32)
         invstd = real(1) / np.sqrt(var)
-        grad_var = self.total(scaled * centred * real(-0.5) * _expand(slope, grad))
+        grad_var = self.total(scaled * centred * real(-0.5) * expand(slope, grad))
         grad_mean = self.total(scaled) * (real(-1) / np.sqrt(var))
         grad_mean = grad_mean + scale * self.total(real(-2) * centred) * grad_var
         direct = grad if self.fix_gamma else scaled
-        grad_input = direct * _expand(invstd, grad)
-        grad_input = grad_input + _expand(grad_var, grad) * scale * real(2) * centred
+        grad_input = direct * expand(invstd, grad)
+        grad_input = grad_input + expand(grad_var, grad) * scale * real(2) * centred
         return {
-            "grad_input": grad_input + _expand(grad_mean, grad) * scale,
+            "grad_input": grad_input + expand(grad_mean, grad) * scale,
             "grad_weight": self.total(grad * normalized),
             "grad_bias": self.total(grad),
         }
-
-
-def _expand(vector: Array, x: Array) -> Array:
-    return vector.reshape((1, -1) + (1,) * (x.ndim - 2))
 
 
 mxnet_2016 = MxNet2016(chain_sums)

@@ -248,6 +248,11 @@ def running_factors(real: Any, n: int, momentum: float) -> Tuple[Any, Any, Any]:
     return real(1 - momentum), real(momentum), real(n / (n - 1) if n > 1 else 1)
 
 
+def expand(vector: Array, x: Array) -> Array:
+    """Return a per-channel vector (C,) as (1, C, 1, ...), to go with x (N, C, *)."""
+    return vector.reshape((1, -1) + (1,) * (x.ndim - 2))
+
+
 def update_running(
     running_mean: Array, running_var: Array, mean: Array, var: Array, n: int, momentum: float
 ) -> Dict[str, Array]:

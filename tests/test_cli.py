@@ -20,7 +20,8 @@ from jsonschema import Draft202012Validator
 from standins import CONSTANT, ENVIRONMENT, OFFSET, facts, result, scenarios, typical
 
 from bnaudit import __version__, audit, environments, subject
-from bnaudit.cli import CHECKS, cli, main
+from bnaudit.cli import cli, main
+from bnaudit.cli.run import CHECKS
 from bnaudit.consistency import Consistency
 from bnaudit.report import json_schema, load
 from bnaudit.worker.backends import BACKENDS

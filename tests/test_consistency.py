@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from correct import outputs, prepare
 
-from bnaudit import cli
+from bnaudit.cli import run as cli
 from bnaudit.consistency import CHECKS, Bench, Call, Consistency, Disagreement, examine
 from bnaudit.inputs import Inputs
 from bnaudit.measure import Declarations, Reference

@@ -1,0 +1,434 @@
+"""bnaudit run."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bnaudit.cli.common import (
+    INCOMPLETE,
+    PATHS,
+    Failure,
+    announce,
+    console,
+    explained,
+    interruptible,
+)
+
+if TYPE_CHECKING:
+    from bnaudit import environments
+    from bnaudit.audit import ControlOutcome, Event, Result, Selected
+    from bnaudit.progress import CaseProgress
+    from bnaudit.report import CaseRecord, Environment, Report, ResultRecord, Writer
+    from bnaudit.scenario import Scenario
+
+CHECKS = ("repeat", "threads", "channels", "batch-order", "inference", "backends")
+"""Those of bnaudit.consistency, which loads too much for --help."""
+
+
+def _finite(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number of seconds", context, parameter)
+    return value
+
+
+@click.command(
+    epilog="Exit: 0 pass, 1 fail, 2 usage, 3 incomplete, 4 untrusted, 5 nothing gated, 130."
+)
+@PATHS
+@click.option(
+    "-b",
+    "--backend",
+    "backends",
+    multiple=True,
+    metavar="BACKEND",
+    help="A backend, a glob, real, specimens, all, FILE.py:NAME or package.module:NAME; repeatable. "
+    "Default: the real frameworks of this interpreter, gemm and welford.",
+)
+@click.option(
+    "--env",
+    "specifications",
+    multiple=True,
+    metavar="NAME=SPEC",
+    help="Another environment, for backends named NAME:BACKEND (without -b: all its frameworks). SPEC is "
+    "an interpreter, a virtual environment's folder, cmd:COMMAND, or requirements such as "
+    "'python3.10 torch==2.4.0', which are installed into a cache; repeatable.",
+)
+@click.option(
+    "-k",
+    "expression",
+    metavar="EXPR",
+    help="Only cases and backends that match: and, or, not over parts of 'case backend'.",
+)
+@click.option(
+    "--require",
+    "required",
+    multiple=True,
+    metavar="BACKEND",
+    help="Exit 3 if this backend is unavailable; repeatable.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Threads of the backends: results depend on them.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    callback=_finite,
+    default=60.0,
+    show_default=True,
+    help="Seconds a backend has for a case; five times as many for its first, which may compile.",
+)
+@click.option("-x", "stop_early", is_flag=True, help="Stop at the first gated failure.")
+@click.option(
+    "--consistency",
+    is_flag=True,
+    help="Also fail where a result depends on what it must not: all of the checks below.",
+)
+@click.option(
+    "--check",
+    "checks",
+    multiple=True,
+    type=click.Choice(CHECKS),
+    help="One check of --consistency alone: a second call, the number of threads, the other channels, the "
+    "order of the batch, inference after training, two gated backends too far apart; repeatable.",
+)
+@click.option(
+    "--json",
+    "target",
+    metavar="FILE",
+    help="Save the report as JSON, as results come; - for stdout.",
+)
+@click.option(
+    "--fail-on",
+    type=click.Choice(["fail", "warn", "never"]),
+    default="fail",
+    show_default=True,
+    help="The deviation that exits with 1.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Every row and every finding, with whole tracebacks."
+)
+def run(
+    paths: tuple[str, ...],
+    backends: tuple[str, ...],
+    specifications: tuple[str, ...],
+    expression: str | None,
+    required: tuple[str, ...],
+    threads: int,
+    timeout: float,
+    stop_early: bool,
+    consistency: bool,
+    checks: tuple[str, ...],
+    target: str | None,
+    fail_on: str,
+    quiet: bool,
+    verbose: bool,
+) -> int:
+    """Audits backends on the cases of scenarios.
+
+    PATH is a scenario file, a folder of them, or the name of a shipped scenario. Default: all shipped
+    scenarios.
+    """
+    if quiet and verbose:
+        raise click.UsageError("-q and -v exclude each other", click.get_current_context())
+    with explained(verbose), interruptible():
+        from bnaudit import environments
+        from bnaudit.scenario import load
+
+        scenarios = load(paths)
+        path = Path(target) if target not in (None, "-") else None
+        audit = Audit(
+            scenarios=scenarios,
+            specifications=environments.parse_all(specifications),
+            backends=backends,
+            required=required,
+            expression=expression,
+            threads=threads,
+            timeout=timeout,
+            stop_early=stop_early,
+            checks=CHECKS if consistency else checks,
+            must_check=checks,
+            fail_on=fail_on,
+            path=path,
+        )
+        screen = Screen(stderr=target == "-", verbose=verbose)
+        report, writer, end = audit.conduct(screen, quiet=quiet)
+        if target == "-":
+            sys.stdout.buffer.write(writer.text())
+        if end is None:
+            screen.close(report)
+            if path is not None:
+                screen.say(f"report {path}")
+        elif isinstance(end, BrokenPipeError):
+            raise end
+        else:
+            saved = f", which are in {path}" if path is not None else ""
+            click.echo(f"bnaudit: interrupted after {len(report.results)} results{saved}", err=True)
+        return report.exit_code
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What is to be audited, where and how: scenarios × backends × environments.
+
+    specifications: NAME and SPEC of other environments. backends, required, expression: as given with -b,
+    --require and -k.
+    checks: those of consistency that are made; must_check: those that were asked for one by one.
+    """
+
+    scenarios: Sequence[Scenario]
+    specifications: Sequence[tuple[str, str]]
+    backends: Sequence[str]
+    path: Path | None
+    threads: int
+    timeout: float
+    required: Sequence[str] = ()
+    expression: str | None = None
+    stop_early: bool = False
+    checks: Sequence[str] = ()
+    must_check: Sequence[str] = ()
+    fail_on: str = "fail"
+
+    def conduct(
+        self, screen: Screen, *, quiet: bool
+    ) -> tuple[Report, Writer, BaseException | None]:
+        """Runs it, showing and saving results as they come.
+
+        Returns the report, its writer, and what ended the audit early, if anything did.
+        """
+        find_cache()
+        from bnaudit import audit, environments, selection
+        from bnaudit.progress import CaseProgress
+        from bnaudit.report import Writer
+        from bnaudit.subject import scratch_folder
+        from bnaudit.worker.backends import BACKENDS
+
+        names = [name for name, _ in self.specifications]
+        selected = selection.select(self.backends, self.required, BACKENDS, names)
+        matches = _anything if self.expression is None else selection.matcher(self.expression)
+        writer = Writer(self.path, ["bnaudit", *sys.argv[1:]])
+        places = [environments.resolve(*given, announce) for given in self.specifications]
+        with scratch_folder() as scratch, contextlib.ExitStack() as stack:
+            subject = self._start(self.threads, places, scratch, stack)
+            other = self._start(1 if self.threads > 1 else 2, places, scratch, stack)
+            reasons = subject.describe([backend.name for backend in selected])
+            if places and not self.backends:
+                selected = _available(selected, reasons, names)
+            current, *rest = map(writer.add_environment, subject.environments())
+            writer.missing = {
+                b.name: why for b in selected if b.required and (why := reasons[b.name])
+            }
+            cases = screen.open(current, self.scenarios, selected, reasons, matches, writer.missing)
+            for place in rest:
+                screen.say(f"{place.name}: {place.summary()}")
+            if not cases:
+                screen.say(f"no case and backend match -k {self.expression!r}")
+            events = audit.run(
+                self.scenarios,
+                selected,
+                subject,
+                scratch,
+                matches=matches,
+                stop_early=self.stop_early,
+                checks=frozenset(self.checks),
+                other=other,
+            )
+            progress = CaseProgress(cases, quiet=quiet)
+            results, controls, end = _follow(events, writer, screen, progress)
+        writer.unmade = audit.unmade(writer.consistency, self.must_check)
+        summary = audit.summarize(
+            len(writer.cases),
+            results,
+            controls,
+            selected,
+            reasons,
+            checks=writer.consistency,
+            asked=self.must_check,
+            fail_on=self.fail_on,
+            interrupted=end is not None,
+        )
+        report = writer.finish(summary.verdict, summary.exit_code)
+        if end is None and len(report.cases) < cases:
+            screen.say("stopped at the first gated failure (-x)")
+        return report, writer, end
+
+    def _start(
+        self,
+        threads: int,
+        places: Sequence[environments.Environment],
+        scratch: Path,
+        stack: contextlib.ExitStack,
+    ) -> environments.AnySubject:
+        from bnaudit.environments import CURRENT, Subjects
+        from bnaudit.subject import Subject
+
+        make = functools.partial(Subject, threads=threads, timeout=self.timeout, scratch=scratch)
+        current = stack.enter_context(make())
+        if not places:
+            return current
+        others = {
+            place.name: stack.enter_context(make(name=place.name, command=place.command))
+            for place in places
+        }
+        return Subjects({CURRENT: current, **others})
+
+
+def _available(
+    selected: Sequence[Selected], reasons: Mapping[str, str | None], environments: Sequence[str]
+) -> list[Selected]:
+    """Of backends that nobody named, those that other environments have; each must have one."""
+    for name in environments:
+        own = {b.name: reasons[b.name] for b in selected if b.name.startswith(f"{name}:")}
+        if None not in own.values():
+            first, reason = next(iter(own.items()))
+            raise Failure(
+                f"{name} has no framework that bnaudit knows; {first}: {reason}", INCOMPLETE
+            )
+    return [backend for backend in selected if backend.required or reasons[backend.name] is None]
+
+
+def _anything(case: str, backend: str) -> bool:
+    return True
+
+
+def _follow(
+    events: Iterable[Event], writer: Writer, screen: Screen, progress: CaseProgress
+) -> tuple[list[Result], list[ControlOutcome], BaseException | None]:
+    """Saves what happens and shows each scenario when it is complete.
+
+    Returns the results, the controls' outcomes, and what ended the audit early, if anything did.
+    """
+    from bnaudit.audit import CaseFacts, Result
+    from bnaudit.consistency import Consistency, Disagreement
+
+    results: list[Result] = []
+    controls: list[ControlOutcome] = []
+    pending: list[ResultRecord] = []
+
+    def show() -> None:
+        writer.save()
+        with progress.aside():
+            screen.rows(pending, writer.cases)
+        pending.clear()
+
+    scenario = None
+    try:
+        with progress:
+            for event in events:
+                if isinstance(event, CaseFacts):
+                    if event.case.scenario != scenario and pending:
+                        show()
+                    scenario = event.case.scenario
+                    writer.add_case(event)
+                    progress.case(event.case.id)
+                elif isinstance(event, Result):
+                    results.append(event)
+                    pending.append(writer.add_result(event))
+                elif isinstance(event, Disagreement):
+                    writer.add_disagreement(event)
+                elif isinstance(event, Consistency):
+                    writer.add_consistency(event)
+                else:
+                    controls.append(event)
+                    writer.add_control(event)
+                    if pending:
+                        show()
+            if pending:
+                show()
+    except (KeyboardInterrupt, BrokenPipeError) as end:
+        return results, controls, end
+    finally:
+        writer.save()
+    return results, controls, None
+
+
+class Screen:
+    """What a run prints, from the first line to the verdict."""
+
+    def __init__(self, *, stderr: bool, verbose: bool) -> None:
+        """verbose: every row and every finding."""
+        self._console = console(stderr=stderr)
+        self._verbose = verbose
+        self._has_heading = False
+
+    def open(
+        self,
+        environment: Environment,
+        scenarios: Sequence[Scenario],
+        selected: Sequence[Selected],
+        reasons: Mapping[str, str | None],
+        matches: Callable[[str, str], bool],
+        missing: Mapping[str, str],
+    ) -> int:
+        """Says what will run and on what, fixes the table's columns, and returns the number of cases."""
+        from bnaudit.render.console import Layout, opening
+
+        cases = [
+            sum(any(matches(case.id, s.name) for s in selected) for case in scenario.cases)
+            for scenario in scenarios
+        ]
+        controls = {
+            name
+            for scenario in scenarios
+            for name in (*scenario.controls.must_fail, *scenario.controls.must_pass)
+        }
+        names = [backend.name for backend in selected]
+        self._layout = Layout.fit(
+            self._console.width,
+            [scenario.name for scenario in scenarios],
+            [*names, *controls],
+            max(cases, default=0),
+        )
+        gated = [backend.name for backend in selected if backend.gated]
+        specimens = {*names, *controls} - {*gated}
+        available = [name for name in gated if reasons[name] is None]
+        for line in opening(environment, sum(cases), available, missing, bool(specimens)):
+            self._console.print(line)
+        return sum(cases)
+
+    def rows(self, results: Sequence[ResultRecord], cases: Mapping[str, CaseRecord]) -> None:
+        """Prints the table's lines of one scenario."""
+        from bnaudit.render.console import heading, rows
+
+        lines = rows(self._layout, results, cases, verbose=self._verbose)
+        if lines and not self._has_heading:
+            self._has_heading = True
+            lines.insert(0, heading(self._layout))
+        for line in lines:
+            self._console.print(line, no_wrap=True, overflow="crop")
+
+    def close(self, report: Report) -> None:
+        """Prints what follows the table."""
+        from bnaudit.render.console import closing
+
+        for part in closing(report, verbose=self._verbose):
+            self._console.print(part)
+
+    def say(self, text: str) -> None:
+        """Prints a remark."""
+        self._console.print(text, style="dim")
+
+
+def find_cache() -> None:
+    """Gives Numba a folder for compiled code where it would find none that it may write to."""
+    own = Path(__file__).parent
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    nearest = next(path for path in (home, *home.parents) if path.exists())
+    if not any(os.access(path, os.W_OK) for path in (own, nearest)):
+        folder = Path(tempfile.gettempdir(), f"bnaudit-numba-{os.getuid()}")
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(folder))

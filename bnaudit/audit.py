@@ -13,7 +13,7 @@ from bnaudit.consistency import Bench, Call, Consistency, Disagreement, examine
 from bnaudit.deviation import Measurement
 from bnaudit.environments import AnySubject
 from bnaudit.inputs import Inputs, make
-from bnaudit.measure import Reference
+from bnaudit.measure import Facts, Reference
 from bnaudit.reference import check_environment
 from bnaudit.scenario import Case, Scenario
 from bnaudit.verdict import Judged, judge
@@ -36,12 +36,12 @@ class Selected:
 
 @dataclass(frozen=True)
 class CaseFacts:
-    """What is known of a case before any backend ran."""
+    """What is known of a case before any backend ran; None where its inputs could not be made."""
 
     case: Case
     n: int
-    condition_number: float
     input_sha256: str | None
+    facts: Facts | None
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Result:
     kernel: str | None = None
     seconds: float | None = None
     detail: str | None = None
+    declarations: Mapping[str, Any] | None = None
     quantities: dict[str, Judged] = field(default_factory=dict)
 
 
@@ -194,8 +195,8 @@ def _run_case(
         yield CaseFacts(
             case,
             case.n,
-            math.nan if reference is None else reference.condition_number,
             None if inputs is None else inputs.sha256,
+            None if reference is None else reference.facts,
         )
         # Outputs that nothing is compared with would only keep their space.
         available = sum(b.gated and unavailable[b.name] is None for b in backends)
@@ -267,13 +268,14 @@ def _outcome(call: Call, case: Case, reference: Reference) -> dict[str, Any]:
         return {"status": "fail", "reason": f"contract: {reply.reason}", **known}
     if reply.outcome != "done":
         return {"status": reply.outcome, "reason": reply.reason, **known}
-    verdict = judge(case, call.measurements, reference, reply.not_repeatable)
+    verdict = judge(case.thresholds, call.measurements, reference.facts, reply.not_repeatable)
     return {
         "status": verdict.status,
         "label": verdict.label,
         "reason": verdict.reason,
         "cause": verdict.cause,
         "quantities": verdict.quantities,
+        "declarations": vars(reply.declarations),
         **known,
     }
 

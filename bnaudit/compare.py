@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict
 
 from bnaudit import __version__
+from bnaudit.rejudge import is_complete, rejudged
 from bnaudit.report import (
     RAN,
     CaseRecord,
@@ -191,11 +192,8 @@ def compare(
     renamed: names of NEW's backends by those of OLD's, where they differ. Raises ComparisonError.
     """
     pairing = _Pairing(old, new, _resolve(old, new, renamed or {}))
-    rejudge = old.bnaudit_version != __version__ or new.bnaudit_version != __version__
     changes = []
-    for before, after in pairing.results:
-        if rejudge:
-            before, after = _rejudged(before), _rejudged(after)
+    for before, after in pairing.rejudged():
         change = _change(before, after, pairing.scenarios[after.case], factor)
         if change is not None:
             changes.append(change)
@@ -214,7 +212,7 @@ def compare(
             "old": pairing.side(old, pairing.only_old, pairing.backends_only_old),
             "new": pairing.side(new, pairing.only_new, pairing.backends_only_new),
             "caveats": list(_caveats(old, new, pairing)),
-            "notes": list(_notes(old, new, pairing, rejudge)),
+            "notes": list(_notes(old, new, pairing)),
             "errors": pairing.errors,
             "compared": len(pairing.results),
             "unchanged": len(pairing.results) - len(changes),
@@ -265,6 +263,7 @@ class _Pairing:
     def __post_init__(self) -> None:
         """Pairs cases, then backends, then the results of both."""
         self.scenarios = {case.id: case.scenario for case in self.new.cases}
+        self.partly_rejudged = {"OLD": 0, "NEW": 0}
         self.cases = _pair_cases(self.old.cases, self.new.cases)
         self.only_old = _missing(self.old.cases, [before for before, _ in self.cases])
         self.only_new = _missing(self.new.cases, [after for _, after in self.cases])
@@ -273,6 +272,16 @@ class _Pairing:
         self.backends_only_old = _alone(olds, {before for before, _ in self.slots})
         self.backends_only_new = _alone(news, {after for _, after in self.slots})
         self._pair_results()
+
+    def rejudged(self) -> Iterator[tuple[ResultRecord, ResultRecord]]:
+        """The pairs of results, both by today's rules and NEW's thresholds."""
+        olds = {case.id: case for case in self.old.cases}
+        news = {case.id: case for case in self.new.cases}
+        for before, after in self.results:
+            old, new = olds[before.case], news[after.case]
+            self.partly_rejudged["OLD"] += not is_complete(before, old)
+            self.partly_rejudged["NEW"] += not is_complete(after, new)
+            yield rejudged(before, old, new.thresholds), rejudged(after, new)
 
     def _pair_results(self) -> None:
         befores = {(r.case, _Slot(r.backend, r.environment)): r for r in self.old.results}
@@ -520,6 +529,8 @@ def _semantics_changed(
     same: Sequence[str],
 ) -> bool:
     """Whether a running statistic follows another rule, or declares one, and nothing else is behind it."""
+    if old.declarations and new.declarations and old.declarations != new.declarations:
+        return any(name in RUNNING for name in (*same, *(q.name for q in quantities)))
     if any(q.name in RUNNING and _right_value_moved(q) for q in quantities):
         return True
     moved = {q.name for q in quantities if (q.old.status in SOUND) != (q.new.status in SOUND)}
@@ -546,39 +557,6 @@ def _severity(change: Change) -> tuple[bool, int, float]:
 
 def _quantity_severity(quantity: QuantityChange) -> tuple[int, bool, float]:
     return KINDS.index(quantity.kind), quantity.name != "y", -_size(quantity.new.bound_ratio)
-
-
-# --- judgement -------------------------------------------------------------------------------------
-
-
-def _rejudged(result: ResultRecord) -> ResultRecord:
-    """The result with the statuses that follow from its numbers by today's rules."""
-    if not result.quantities:
-        return result
-    quantities = {
-        name: quantity.model_copy(update={"status": _status(quantity)})
-        for name, quantity in result.quantities.items()
-    }
-    statuses = [quantity.status for quantity in quantities.values()]
-    if not _repeatable(result):
-        statuses.append("warn")
-    return result.model_copy(
-        update={"quantities": quantities, "status": max(statuses, key=RANKS.index)}
-    )
-
-
-def _status(quantity: Quantity) -> Status:
-    """By the numbers where they decide it; else as it was judged.
-
-    A report does not hold the errors of constants nor the scenario's own thresholds.
-    """
-    if quantity.label is None:
-        return quantity.status
-    if quantity.nonfinite or _size(quantity.bound_ratio) > 1:
-        return "fail"
-    if _size(quantity.tight_ratio) > 1:
-        return max("warn", quantity.status, key=RANKS.index)
-    return quantity.status
 
 
 # --- caveats ---------------------------------------------------------------------------------------
@@ -632,11 +610,11 @@ def _traits(environment: Environment) -> dict[str, str | None]:
     }
 
 
-def _notes(old: Report, new: Report, pairing: _Pairing, rejudge: bool) -> Iterator[str]:
+def _notes(old: Report, new: Report, pairing: _Pairing) -> Iterator[str]:
     for side, report in (("OLD", old), ("NEW", new)):
         if report.verdict in ("interrupted", "untrusted"):
             yield f"{side} is from an {report.verdict} run"
-        if rejudge and report.bnaudit_version != __version__:
+        if report.bnaudit_version != __version__ and pairing.partly_rejudged[side]:
             yield (
                 f"{side} was judged by bnaudit {report.bnaudit_version}: statuses are today's where T, T0 and "
                 "counts decide them, and its own for constants and for thresholds of a scenario"
@@ -644,7 +622,7 @@ def _notes(old: Report, new: Report, pairing: _Pairing, rejudge: bool) -> Iterat
         if pairing.unpaired[side]:
             yield f"without a counterpart in the other report: {pairing.unpaired[side]} of {side}'s results"
     stricter = sum(_only_thresholds_differ(a, b) for a, b in pairing.results)
-    if stricter and not rejudge:
+    if stricter and any(pairing.partly_rejudged.values()):
         yield f"in {stricter} results only the scenario's thresholds differ, which is no change of a backend"
     for backend, names in _lost(pairing).items():
         parts = ", ".join(f"{name} ({n} case{'s' * (n > 1)})" for name, n in names.items())

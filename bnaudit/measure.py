@@ -67,13 +67,26 @@ class Declarations:
     running_update: str = "ema"
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a case's input, and decides how deviations are explained.
+
+    condition_number: largest sqrt(1 + mean²/var) over the channels of all steps; inf where var is 0.
+    ill_conditioned: whether the cap on the allowances of y is at work in some channel.
+    extreme: whether squares of the last batch's values leave the statistics dtype's normal range.
+    """
+
+    mode: str
+    condition_number: float
+    ill_conditioned: bool
+    extreme: bool
+
+
 class Reference:
     """The certified answers to one case, computed once and compared with every backend's outputs.
 
     Attributes:
-        condition_number: largest sqrt(1 + mean²/var) over the channels of all steps; inf where var is 0.
-        ill_conditioned: whether the cap on the allowances of y is at work in some channel.
-        largest: max |x| over the finite channels of the last step.
+        facts: what else a verdict takes into account.
     """
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
@@ -122,14 +135,18 @@ class Reference:
             self.grads = gradients(dtype, x[-1], dy, statistics, case.eps, self.norm)
             self.gradient_bounds = self._gradient_bounds(self.grads, x[-1], dy)
         self._x = x[-1]
-        self.condition_number = max((_condition(batch) for batch in self.batches), default=1.0)
+        condition = max((_condition(batch) for batch in self.batches), default=1.0)
         if not training:
-            self.condition_number = _condition(moments(dtype, x[-1]))
-        self.largest = float(np.max(statistics.largest, initial=0.0, where=self.norm.state == OK))
+            condition = _condition(moments(dtype, x[-1]))
+        largest = float(np.max(statistics.largest, initial=0.0, where=self.norm.state == OK))
         with np.errstate(invalid="ignore"):
-            self.ill_conditioned = bool(
-                (bounds.ill_conditioned(self.norm, dtype) > bounds.CAP).any() and training
-            )
+            capped = (bounds.ill_conditioned(self.norm, dtype) > bounds.CAP).any()
+        self.facts = Facts(
+            case.mode,
+            condition,
+            ill_conditioned=bool(capped and training),
+            extreme=training and _squares_leave_range(largest, case.statistics_dtype),
+        )
 
     def _running_moments(self, x: Array) -> Moments:
         def exact(values: Doubles) -> list[tuple[int, int] | None]:
@@ -209,7 +226,18 @@ class Reference:
                 measurement = self._measure_channels(name, got, declared)
                 if measurement is not None:
                     result[name] = measurement
+        if "batch_mean" in result:
+            mean = result["batch_mean"]
+            result["batch_mean"] = replace(mean, rounded=self._rounded(mean))
         return result
+
+    def _rounded(self, mean: Measurement) -> bool:
+        """Whether a wrong mean is near enough to the right one for rounding to be the cause."""
+        error, worst = mean.max_abs_error, mean.worst
+        if error is None or worst is None or mean.nonfinite or worst.value == -worst.reference:
+            return False
+        size = self.norm.size / self.norm.line.scale
+        return error <= float(size[worst.index[0]]) / 4
 
     def difference(self, name: str, first: Array, second: Array) -> tuple[float, float]:
         """The largest |first − second| of y or batch_mean, also in units of twice its tight bound."""
@@ -344,3 +372,12 @@ def _condition(batch: Moments) -> float:
         kappa = math.sqrt(1 + nearest(mean[0] ** 2 * var[1], mean[1] ** 2 * var[0]))
         worst = kappa if math.isnan(worst) else max(worst, kappa)
     return worst
+
+
+def _squares_leave_range(largest: float, dtype: str) -> bool:
+    """Whether the square of max |x| is beyond the dtype's normal numbers, at either end."""
+    if not (math.isfinite(largest) and largest > 0):
+        return False
+    form = FORMATS[dtype]
+    exponent = 2 * math.frexp(largest)[1]
+    return exponent > form.max_exponent or exponent < form.min_exponent

@@ -47,6 +47,9 @@ CHEAP = 1 << 24
 SECTIONS = ("environments", "cases", "results", "controls", "disagreements", "consistency")
 """Fields of a report that are lists of records."""
 
+DISTRIBUTIONS = ("input", "affine", "running", "grad_output")
+"""Fields of a case that are distributions, or hold some."""
+
 PACE = 20
 """Pause between saves of a larger one, in durations of a save: they take a twentieth of the time."""
 
@@ -131,7 +134,8 @@ class Environment(_Record):
 class CaseRecord(_Record):
     """A case with its parameters resolved, and what is known of its input.
 
-    input_sha256 and condition_number are null where the inputs were not made.
+    input_sha256, condition_number, ill_conditioned and extreme are null where the inputs were not made;
+    see `measure.Facts`. What follows is also null in reports that do not have it.
     """
 
     id: str
@@ -151,7 +155,14 @@ class CaseRecord(_Record):
     key: str
     input_sha256: str | None
     n: int
-    condition_number: Number | None
+    condition_number: Number | None = None
+    ill_conditioned: bool | None = None
+    extreme: bool | None = None
+    affine: dict[str, Any] | None = None
+    running: dict[str, Any] | None = None
+    grad_output: dict[str, Any] | None = None
+    param_dtype: Literal["statistics", "same"] | None = None
+    thresholds: dict[str, dict[str, Number | None]] = {}
 
 
 class WorstElement(_Record):
@@ -165,12 +176,16 @@ class WorstElement(_Record):
 
 
 class Quantity(_Record):
-    """One returned quantity against the reference. max_sigma_error: |error| / |weight|, of y only."""
+    """One returned quantity against the reference.
+
+    max_sigma_error: |error| / |weight|, of y only. From constant_misses on: see `deviation.Measurement`;
+    judged is null in reports that do not have them.
+    """
 
     status: Status
     label: Label | None
     max_abs_error: Number | None
-    max_sigma_error: Number | None
+    max_sigma_error: Number | None = None
     max_ulp_error: Number | None
     bound_ratio: Number | None
     tight_ratio: Number | None
@@ -178,10 +193,20 @@ class Quantity(_Record):
     nonfinite: int
     worst: WorstElement | None
     reason: str | None
+    constant_misses: int | None = None
+    constant_error: Number | None = None
+    poor: int | None = None
+    judged: bool | None = None
+    unjudged: int | None = None
+    rounded: bool | None = None
 
 
 class ResultRecord(_Record):
-    """One case on one backend. detail: the traceback, or a dead worker's last words."""
+    """One case on one backend.
+
+    detail: the traceback, or a dead worker's last words. declarations: what the backend says of its running
+    statistics, see `measure.Declarations`; null where it was not called.
+    """
 
     case: str
     backend: ForeignText
@@ -194,7 +219,8 @@ class ResultRecord(_Record):
     gated: bool
     kernel: ForeignText | None
     seconds: Number | None
-    detail: ForeignText | None
+    detail: ForeignText | None = None
+    declarations: dict[str, Any] | None = None
     quantities: dict[str, Quantity]
 
 
@@ -568,15 +594,15 @@ def _prepare(path: Path) -> None:
 
 def _case_record(facts: CaseFacts) -> CaseRecord:
     fields = facts.case.model_dump()
-    made = facts.input_sha256 is not None
+    distributions = {name: _plain(fields[name]) for name in DISTRIBUTIONS}
     return CaseRecord.model_validate(
         {
             **fields,
-            "input": _plain(fields["input"]),
+            **distributions,
+            **({} if facts.facts is None else vars(facts.facts)),
             "input_sha256": facts.input_sha256,
             "key": facts.case.key,
             "n": facts.n,
-            "condition_number": facts.condition_number if made else None,
         }
     )
 
@@ -591,18 +617,22 @@ def _plain(value: Any) -> Any:
 
 
 def _result_record(result: Result) -> ResultRecord:
-    quantities = {name: _quantity(judged) for name, judged in result.quantities.items()}
+    quantities = {name: quantity_record(judged) for name, judged in result.quantities.items()}
     return ResultRecord.model_validate(
         {**vars(result), "case": result.case.id, "quantities": quantities}
     )
 
 
-def _quantity(judged: Judged) -> dict[str, Any]:
-    worst = judged.worst
-    if worst is None:
-        return vars(judged)
-    hexadecimal = {
-        "value_hex": float(worst.value).hex(),
-        "reference_hex": float(worst.reference).hex(),
-    }
-    return {**vars(judged), "worst": {**vars(worst), **hexadecimal}}
+def quantity_record(judged: Judged) -> Quantity:
+    """What the report keeps of one judged quantity."""
+    worst = None
+    if judged.worst is not None:
+        value, reference = float(judged.worst.value), float(judged.worst.reference)
+        worst = WorstElement(
+            index=list(judged.worst.index),
+            value=value,
+            value_hex=value.hex(),
+            reference=reference,
+            reference_hex=reference.hex(),
+        )
+    return Quantity.model_validate({**vars(judged), "worst": worst})

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import TypeAlias
 
-from bnaudit.bounds import FORMATS
 from bnaudit.deviation import Measurement, Worst
-from bnaudit.measure import Reference
-from bnaudit.scenario import Case
+from bnaudit.measure import Facts
 
 RUN_STATUSES = ("pass", "warn", "fail")
 """From best to worst, for results that were measured."""
@@ -23,7 +22,10 @@ LABELS = ("exact", "stable", "degraded", "broken")
 CONSTANT_ABS_ERROR = 1e-3
 """Harm threshold of a constant channel: a thousandth of a standard deviation."""
 
-DEFAULT_THRESHOLDS: Mapping[str, float | None] = {
+Thresholds: TypeAlias = Mapping[str, float | None]
+"""Limits of one quantity; None switches one off."""
+
+DEFAULT_THRESHOLDS: Thresholds = {
     "bound_ratio": 1.0,
     "constant_abs_error": CONSTANT_ABS_ERROR,
     "tight_ratio": None,
@@ -57,6 +59,12 @@ class Judged:
     floor: float | None
     nonfinite: int
     worst: Worst | None
+    constant_misses: int | None = None
+    constant_error: float | None = None
+    poor: int | None = None
+    judged: bool | None = None
+    unjudged: int | None = None
+    rounded: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -71,17 +79,18 @@ class Verdict:
 
 
 def judge(
-    case: Case,
+    thresholds: Mapping[str, Thresholds],
     measurements: Mapping[str, Measurement],
-    facts: Reference,
+    facts: Facts,
     not_repeatable: str | None = None,
 ) -> Verdict:
     """Judges every measured quantity; the result is as bad as its worst quantity.
 
-    not_repeatable: where a second call gave other bits, in words. Such a result is a warn at least.
+    thresholds: the scenario's own, by quantity. not_repeatable: where a second call gave other bits, in
+    words; such a result is a warn at least.
     """
     judged = {
-        name: _judge_quantity(measurement, case.thresholds.get(name, {}), facts, name)
+        name: _judge_quantity(measurement, thresholds.get(name, {}), facts, name)
         for name, measurement in measurements.items()
     }
     worst = max(judged.values(), key=lambda q: RUN_STATUSES.index(q.status), default=None)
@@ -105,9 +114,7 @@ def judge(
     return Verdict(status, label, reason, cause, judged)
 
 
-def _judge_quantity(
-    m: Measurement, overrides: Mapping[str, float | None], facts: Reference, name: str
-) -> Judged:
+def _judge_quantity(m: Measurement, overrides: Thresholds, facts: Facts, name: str) -> Judged:
     thresholds = {**DEFAULT_THRESHOLDS, **overrides}
     failures, warnings = [], []
     unjudged = "not judged: variance + eps is not positive and finite, so nothing is defined"
@@ -168,7 +175,7 @@ def _label(m: Measurement, harmful: bool) -> str:
 
 
 def _cause(
-    measurements: Mapping[str, Measurement], judged: Mapping[str, Judged], facts: Reference
+    measurements: Mapping[str, Measurement], judged: Mapping[str, Judged], facts: Facts
 ) -> str | None:
     """The fault that the pattern of failing quantities points at; None where it points at none."""
     failed = {name for name, quantity in judged.items() if quantity.status == "fail"}
@@ -178,36 +185,17 @@ def _cause(
     code = None
     if failed <= {"running_mean", "running_var"} and {"batch_mean", "batch_var"} & judged.keys():
         code = "BN006"
-    elif failed & {"y", "batch_var", "invstd"} and "batch_mean" not in failed and _extreme(facts):
+    elif failed & {"y", "batch_var", "invstd"} and "batch_mean" not in failed and facts.extreme:
         code = "BN004"
     elif "batch_mean" in failed:
-        code = "BN003" if _rounded(measurements["batch_mean"], facts) else None
+        code = "BN003" if measurements["batch_mean"].rounded else None
     elif failed & {"batch_var", "invstd"}:
         code = "BN002" if facts.condition_number > 10 else None
     elif "y" in failed and y is not None:
         if y.nonfinite:
             code = "BN005"
-        elif y.constant_misses and (sound or facts.case.mode == "inference"):
+        elif y.constant_misses and (sound or facts.mode == "inference"):
             code = "BN001"
     if code is None and y is not None and y.nonfinite:
         code = "BN005"
     return None if code is None else f"{code} {CAUSES[code]}"
-
-
-def _rounded(mean: Measurement, facts: Reference) -> bool:
-    """Whether a wrong mean is near enough to the right one for rounding to be the cause."""
-    error, worst = mean.max_abs_error, mean.worst
-    if error is None or worst is None or mean.nonfinite or worst.value == -worst.reference:
-        return False
-    size = facts.norm.size / facts.norm.line.scale
-    return error <= float(size[worst.index[0]]) / 4
-
-
-def _extreme(facts: Reference) -> bool:
-    """Whether squares of a batch's values leave the statistics dtype's normal range."""
-    form = FORMATS[facts.case.statistics_dtype]
-    largest = facts.largest
-    if facts.case.mode != "training" or not (math.isfinite(largest) and largest > 0):
-        return False
-    exponent = 2 * math.frexp(largest)[1]
-    return exponent > form.max_exponent or exponent < form.min_exponent

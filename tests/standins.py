@@ -10,6 +10,7 @@ from typing import Any
 from bnaudit.audit import CaseFacts, ControlOutcome, Event, Result
 from bnaudit.consistency import Consistency, Disagreement
 from bnaudit.deviation import Worst
+from bnaudit.measure import Facts
 from bnaudit.report import Report, Writer
 from bnaudit.scenario import Case, Scenario, load
 from bnaudit.verdict import Judged
@@ -54,16 +55,11 @@ def scenarios(*texts: str) -> tuple[Scenario, ...]:
         return tuple(load([str(path)]))
 
 
-def facts(case: Case, **changed: Any) -> CaseFacts:
-    return CaseFacts(
-        **{
-            "case": case,
-            "n": case.n,
-            "condition_number": 1.5,
-            "input_sha256": "ab" * 32,
-            **changed,
-        }
-    )
+def facts(
+    case: Case, condition_number: float = 1.5, input_sha256: str | None = "ab" * 32
+) -> CaseFacts:
+    known = Facts(case.mode, condition_number, ill_conditioned=False, extreme=False)
+    return CaseFacts(case, case.n, input_sha256, None if input_sha256 is None else known)
 
 
 def judged(status: str = "pass", **changed: Any) -> Judged:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from correct import outputs, prepare
 
@@ -27,9 +28,9 @@ def judged(folder: Path, text: str, **moved: float) -> tuple[Verdict, dict[str, 
     given = outputs(case, inputs)
     for name, distance in moved.items():
         given[name] = given[name].astype(np.float64) + distance
-    facts = Reference(case, inputs)
-    measured = facts.measure(given, Declarations())
-    return judge(case, measured, facts), measured
+    reference = Reference(case, inputs)
+    measured = reference.measure(given, Declarations())
+    return judge(case.thresholds, measured, reference.facts), measured
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -48,8 +49,8 @@ def test_formats_are_those_of_numpy(dtype: str) -> None:
 def test_nothing_beyond_a_few_percent_of_a_standard_deviation_is_forgiven(tmp_path: Path) -> None:
     assert judged(tmp_path, HARD)[0].status == "pass"
     case, inputs = prepare(tmp_path, HARD)
-    facts = Reference(case, inputs)
-    assert facts.ill_conditioned
+    reference = Reference(case, inputs)
+    assert reference.facts.ill_conditioned
     rounded_mean = 8 * 2.0**-24 * 1e6  # the tight bound: here larger than the cap
     verdict, measured = judged(tmp_path, HARD, y=1.2 * rounded_mean)
     assert verdict.quantities["y"].status == "fail"
@@ -71,9 +72,9 @@ def test_the_statistics_of_hard_input_are_capped_as_well(
 def test_a_gradient_of_zero_is_never_right_enough(tmp_path: Path, mean: str) -> None:
     case, inputs = prepare(tmp_path, HARD.replace("1.0e+6", mean))
     given = outputs(case, inputs)
-    facts = Reference(case, inputs)
+    reference = Reference(case, inputs)
     given["grad_input"] = np.zeros_like(given["grad_input"])
-    verdict = judge(case, facts.measure(given, Declarations()), facts)
+    verdict = judge(case.thresholds, reference.measure(given, Declarations()), reference.facts)
     assert verdict.quantities["grad_input"].status == "fail"
 
 
@@ -134,12 +135,13 @@ def test_squares_out_of_range_are_the_named_cause(tmp_path: Path, std: str) -> N
 
 def test_causes_need_a_pattern(tmp_path: Path) -> None:
     case, inputs = prepare(tmp_path, EASY.replace("normal}", "normal, mean: 5}"))
-    facts = Reference(case, inputs)
+    reference = Reference(case, inputs)
     right = outputs(case, inputs)
 
-    def cause(**changed: object) -> str | None:
-        given = {**right, **changed}
-        return judge(case, facts.measure(given, Declarations()), facts).cause  # type: ignore[arg-type]
+    def cause(**changed: npt.ArrayLike) -> str | None:
+        given = {**right, **{name: np.asarray(values) for name, values in changed.items()}}
+        measured = reference.measure(given, Declarations())
+        return judge(case.thresholds, measured, reference.facts).cause
 
     nan = {name: np.full_like(right[name], math.nan) for name in ("y", "batch_mean", "batch_var")}
     assert cause(**nan) == "BN005 non-finite output"

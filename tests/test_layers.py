@@ -34,6 +34,7 @@ ORDER = (
     "audit",
     "selection",
     "report",
+    "rejudge",
     "compare",
     "probe",
     "render",

@@ -33,10 +33,10 @@ def judged(
 ) -> tuple[Verdict, dict[str, Measurement]]:
     """The verdict on the right outputs, some of them changed."""
     case, inputs = prepare(folder, text)
-    facts = Reference(case, inputs)
+    answers = Reference(case, inputs)
     given = {**outputs(case, inputs), **changed}
-    measured = facts.measure(given, declared or Declarations())
-    return judge(case, measured, facts), measured
+    measured = answers.measure(given, declared or Declarations())
+    return judge(case.thresholds, measured, answers.facts), measured
 
 
 def right(folder: Path, text: str) -> dict[str, Array]:
@@ -287,12 +287,15 @@ def test_an_empty_batch_changes_nothing(tmp_path: Path) -> None:
         "running_var": np.ones(3, np.float32),
         "batch_mean": np.full(3, math.nan, np.float32),
     }
-    facts = Reference(case, inputs)
-    verdict = judge(case, facts.measure(given, Declarations()), facts)
+    answers = Reference(case, inputs)
+    verdict = judge(case.thresholds, answers.measure(given, Declarations()), answers.facts)
     assert verdict.status == "pass"
     assert "batch_mean" not in verdict.quantities
     given["running_var"] = np.full(3, math.nan, np.float32)
-    assert judge(case, facts.measure(given, Declarations()), facts).status == "fail"
+    assert (
+        judge(case.thresholds, answers.measure(given, Declarations()), answers.facts).status
+        == "fail"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
@@ -358,9 +361,9 @@ def test_cancellation_in_the_variance_is_named(tmp_path: Path) -> None:
     var = np.abs((x * x).mean((0, 2, 3), dtype=np.float32) - mean * mean)
     invstd = 1 / np.sqrt(var + np.float32(1e-5))
     y = (x - mean.reshape(1, 2, 1, 1)) * invstd.reshape(1, 2, 1, 1)
-    facts = Reference(case, inputs)
+    answers = Reference(case, inputs)
     given = {"y": y, "batch_mean": mean, "batch_var": var, "invstd": invstd}
-    verdict = judge(case, facts.measure(given, Declarations()), facts)
+    verdict = judge(case.thresholds, answers.measure(given, Declarations()), answers.facts)
     assert verdict.status == "fail"
     assert verdict.cause == "BN002 cancellation in the variance"
 

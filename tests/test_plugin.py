@@ -368,7 +368,7 @@ def test_a_plug_in_of_tensors_needs_torch(monkeypatch: pytest.MonkeyPatch, tmp_p
 def verdict(case: Case, inputs: Inputs, done: Execution) -> Verdict:
     reference = Reference(case, inputs)
     measured = reference.measure(done.outputs, Declarations())
-    return judge(case, measured, reference, done.not_repeatable)
+    return judge(case.thresholds, measured, reference.facts, done.not_repeatable)
 
 
 def test_other_bits_the_second_time_are_found_and_named(tmp_path: Path) -> None:
@@ -740,9 +740,8 @@ def assert_passes(subject: Subject, backend: str, folder: Path, *dtypes: str) ->
                     assert (reply.outcome, reply.reason) == ("done", None), reply.detail
                     assert reply.not_repeatable is None
                     reference = Reference(case, inputs)
-                    judged = judge(
-                        case, reference.measure(reply.outputs, Declarations()), reference
-                    )
+                    measured = reference.measure(reply.outputs, Declarations())
+                    judged = judge(case.thresholds, measured, reference.facts)
                     assert judged.status == "pass", (case.id, judged.reason)
                     assert {"y", "running_mean", "running_var"} <= judged.quantities.keys()
 

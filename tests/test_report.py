@@ -75,15 +75,16 @@ def test_a_report_has_the_documented_fields(writer: Writer, tmp_path: Path) -> N
     assert document["command"] == "bnaudit run 'a b'"
     assert list(document["cases"][0]) == named(
         "id scenario file line shape dtype mode backward memory_format eps momentum steps input seed "
-        "key input_sha256 n condition_number"
+        "key input_sha256 n condition_number ill_conditioned extreme affine running grad_output param_dtype "
+        "thresholds"
     )
     assert list(document["results"][0]) == named(
         "case backend environment status label reason cause finding gated kernel seconds detail "
-        "quantities"
+        "declarations quantities"
     )
     assert list(document["results"][0]["quantities"]["y"]) == named(
         "status label max_abs_error max_sigma_error max_ulp_error bound_ratio tight_ratio floor "
-        "nonfinite worst reason"
+        "nonfinite worst reason constant_misses constant_error poor judged unjudged rounded"
     )
     assert list(document["controls"][0]) == named("scenario backend expected observed ok")
     assert document["summary"] == {

@@ -221,8 +221,8 @@ class Audit:
         names = [name for name, _ in self.specifications]
         selected = selection.select(self.backends, self.required, BACKENDS, names)
         matches = _anything if self.expression is None else selection.matcher(self.expression)
-        writer = Writer(self.path, ["bnaudit", *sys.argv[1:]])
         places = [environments.resolve(*given, announce) for given in self.specifications]
+        writer = Writer(self.path, ["bnaudit", *sys.argv[1:]])
         with scratch_folder() as scratch, contextlib.ExitStack() as stack:
             subject = self._start(self.threads, places, scratch, stack)
             other = self._start(1 if self.threads > 1 else 2, places, scratch, stack)

@@ -7,12 +7,14 @@ JSON has no NaN and no infinity: such numbers are the strings "nan", "inf" and "
 from __future__ import annotations
 
 import glob
+import gzip
 import json
 import math
 import os
 import shlex
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
@@ -43,6 +45,9 @@ RAN = ("pass", "warn", "fail", "crash", "timeout")
 
 CHEAP = 1 << 24
 """Bytes of a report up to which a save follows every result: more than all shipped scenarios make."""
+
+GZIP = b"\x1f\x8b"
+"""What a file that gzip compressed begins with."""
 
 SECTIONS = ("environments", "cases", "results", "controls", "disagreements", "consistency")
 """Fields of a report that are lists of records."""
@@ -312,13 +317,19 @@ def json_schema() -> dict[str, Any]:
 
 
 def load(path: Path) -> Report:
-    """Reads a saved report. Raises ReportError where it is none, or is of another version."""
+    """Reads a saved report, also one that gzip compressed.
+
+    Raises ReportError where it is none, or is of another version.
+    """
     try:
-        document = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        if content.startswith(GZIP):
+            content = gzip.decompress(content)
+        document = json.loads(content)
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ReportError(f"{path} is not JSON: {error}") from error
     except OSError as error:
         raise ReportError(f"cannot read the report {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ReportError(f"{path} is not JSON: {error}") from error
     version = document.get("schema_version") if isinstance(document, dict) else None
     if version is None:
         raise ReportError(f"{path} is not a bnaudit report: it has no schema_version")

@@ -36,6 +36,7 @@ ORDER = (
     "report",
     "rejudge",
     "compare",
+    "api",
     "probe",
     "render",
     "doctor",

@@ -325,7 +325,7 @@ def run(implementation: Implementation, case: Mapping[str, Any], tensors: Tensor
         )
     done = _step(implementation, case, tensors, last, running)
     seconds += done.seconds
-    outputs = {**left, **done.left, **_outputs(tensors, done.returned)}
+    outputs = {**left, **done.left, **checked_outputs(tensors, done.returned)}
     kernel = done.returned.get("kernel")
     not_repeatable = None
     if implementation.repeated:
@@ -401,7 +401,7 @@ def _again(
     """The outputs of a step that is called for the second time; to refuse it only then is a fault."""
     try:
         done = _step(implementation, case, tensors, step, running)
-        return dict(done.left, **_outputs(tensors, done.returned))
+        return dict(done.left, **checked_outputs(tensors, done.returned))
     except NoResult as end:
         refused = end.outcome == "unsupported" and not end.reason.startswith(OUT_OF_MEMORY)
         outcome = "contract" if refused else end.outcome
@@ -466,7 +466,7 @@ def _differing(a: Array, b: Array, dtype: str) -> tuple[int, tuple[int, ...] | N
     return count, place
 
 
-def _outputs(tensors: Tensors, returned: dict[Any, Any]) -> dict[str, Array]:
+def checked_outputs(tensors: Tensors, returned: dict[Any, Any]) -> dict[str, Array]:
     """The last step's y, batch statistics and gradients; gradients only where they were asked for."""
     for key in returned:
         meant = _meant(key)

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from bnaudit.consistency import Bench, Call, Consistency, Disagreement, examine
 from bnaudit.deviation import Measurement
@@ -111,6 +111,9 @@ def unmade(checks: Sequence[Checked], asked: Collection[str]) -> list[str]:
 
 Event = CaseFacts | Result | ControlOutcome | Disagreement | Consistency
 
+Earlier: TypeAlias = Callable[[Case, Sequence[Selected]], Sequence[Event] | None]
+"""What came of a case on the chosen backends before; None where that is not known."""
+
 
 def run(
     scenarios: Sequence[Scenario],
@@ -122,6 +125,7 @@ def run(
     stop_early: bool = False,
     checks: frozenset[str] = frozenset(),
     other: AnySubject | None = None,
+    earlier: Earlier = lambda case, backends: None,
 ) -> Iterator[Event]:
     """Runs every case on the selected backends and on its scenario's controls.
 
@@ -129,11 +133,12 @@ def run(
     the `checks` of consistency; after a scenario's last case, its controls' outcomes.
     A control runs on the whole of its scenario, ungated, unless it is selected anyway; `matches(case id,
     backend)` filters the rest. stop_early: end after the first gated failure. other: a subject with another
-    number of threads; `threads` among the checks needs it.
+    number of threads; `threads` among the checks needs it. earlier: what came of a case in an earlier run
+    that was interrupted, or None where it has to be run.
     Raises EnvironmentFaultError where no exact reference can be computed.
     """
     check_environment()
-    done: dict[tuple[str, str], Call] = {}
+    loop = _Loop(subject, scratch, checks, other)
     for scenario in scenarios:
         controls = dict.fromkeys((*scenario.controls.must_fail, *scenario.controls.must_pass))
         names = dict.fromkeys((*(backend.name for backend in selection), *controls))
@@ -148,9 +153,8 @@ def run(
             chosen = [b for b in selection if matches(case.id, b.name)]
             matched = {backend.name for backend in chosen}
             chosen += [Selected(name, gated=False) for name in controls if name not in matched]
-            for event in _run_case(
-                case, chosen, unavailable, subject, scratch, done, checks, other
-            ):
+            events = earlier(case, chosen)
+            for event in loop.run(case, chosen, unavailable) if events is None else events:
                 yield event
                 if isinstance(event, Result):
                     results.append(event)
@@ -168,65 +172,78 @@ def _is_failure(event: Event) -> bool:
     return isinstance(event, Result) and event.gated and event.status == "fail"
 
 
-def _run_case(
-    case: Case,
-    backends: Sequence[Selected],
-    unavailable: Mapping[str, str | None],
-    subject: AnySubject,
-    scratch: Path,
-    done: dict[tuple[str, str], Call],
-    checks: frozenset[str],
-    other: AnySubject | None,
-) -> Iterator[Event]:
-    """Events of one case. done: calls of earlier cases, so that identical ones are not made again."""
-    obstacle = case.unsupported() or _shortage(case)
-    folder = scratch / "case"
-    inputs: Inputs | None = None
-    reference: Reference | None = None
-    try:
-        if obstacle is None:
-            folder.mkdir()
-            try:
-                inputs = make(case, folder)
-                reference = Reference(case, inputs)
-            except OSError as error:
-                # No room for the tensors, or a file of values that has gone: this case's loss alone.
-                obstacle = f"the inputs could not be made: {error.strerror or error}"
-        yield CaseFacts(
-            case,
-            case.n,
-            None if inputs is None else inputs.sha256,
-            None if reference is None else reference.facts,
-        )
-        # Outputs that nothing is compared with would only keep their space.
-        available = sum(b.gated and unavailable[b.name] is None for b in backends)
-        is_compared = bool(checks) or available > 1
-        fresh: dict[str, Call] = {}
-        for backend in backends:
-            reason = unavailable[backend.name]
-            if reason is not None:
-                outcome: dict[str, Any] = {"status": "unavailable", "reason": reason}
-            elif inputs is None or reference is None:
-                outcome = {"status": "unsupported", "reason": obstacle}
-            else:
-                call = done.get((case.key, backend.name))
-                if call is None:
-                    call = _call(backend.name, case, inputs, reference, subject)
-                    # Outputs are mapped files: keeping them would keep their space.
-                    kept = done[case.key, backend.name] = replace(
-                        call, reply=replace(call.reply, outputs={})
-                    )
-                    if is_compared and backend.gated and call.reply.outcome == "done":
-                        fresh[backend.name] = call
-                    call = kept
-                outcome = _outcome(call, case, reference)
-            place = subject.environment_of(backend.name)
-            yield Result(case, backend.name, place, gated=backend.gated, **outcome)
-        if inputs is not None and reference is not None:
-            bench = Bench(case, inputs, reference, subject, other, folder)
-            yield from examine(bench, fresh, checks)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+@dataclass
+class _Loop:
+    """What runs cases one after the other.
+
+    done: calls of earlier cases, by key and backend, so that identical ones are not made again.
+    """
+
+    subject: AnySubject
+    scratch: Path
+    checks: frozenset[str]
+    other: AnySubject | None
+    done: dict[tuple[str, str], Call] = field(default_factory=dict)
+
+    def run(
+        self, case: Case, backends: Sequence[Selected], unavailable: Mapping[str, str | None]
+    ) -> Iterator[Event]:
+        """Events of one case."""
+        obstacle = case.unsupported() or _shortage(case)
+        folder = self.scratch / "case"
+        inputs: Inputs | None = None
+        reference: Reference | None = None
+        try:
+            if obstacle is None:
+                folder.mkdir()
+                try:
+                    inputs = make(case, folder)
+                    reference = Reference(case, inputs)
+                except OSError as error:
+                    # No room for the tensors, or a file of values that has gone: this case's loss alone.
+                    obstacle = f"the inputs could not be made: {error.strerror or error}"
+            yield CaseFacts(
+                case,
+                case.n,
+                None if inputs is None else inputs.sha256,
+                None if reference is None else reference.facts,
+            )
+            # Outputs that nothing is compared with would only keep their space.
+            available = sum(b.gated and unavailable[b.name] is None for b in backends)
+            is_compared = bool(self.checks) or available > 1
+            fresh: dict[str, Call] = {}
+            for backend in backends:
+                reason = unavailable[backend.name]
+                if reason is not None:
+                    outcome: dict[str, Any] = {"status": "unavailable", "reason": reason}
+                elif inputs is None or reference is None:
+                    outcome = {"status": "unsupported", "reason": obstacle}
+                else:
+                    call = self.done.get((case.key, backend.name))
+                    if call is None:
+                        call = self._call(backend.name, case, inputs, reference)
+                        # Outputs are mapped files: keeping them would keep their space.
+                        kept = self.done[case.key, backend.name] = replace(
+                            call, reply=replace(call.reply, outputs={})
+                        )
+                        if is_compared and backend.gated and call.reply.outcome == "done":
+                            fresh[backend.name] = call
+                        call = kept
+                    outcome = _outcome(call, case, reference)
+                place = self.subject.environment_of(backend.name)
+                yield Result(case, backend.name, place, gated=backend.gated, **outcome)
+            if inputs is not None and reference is not None:
+                bench = Bench(case, inputs, reference, self.subject, self.other, folder)
+                yield from examine(bench, fresh, self.checks)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _call(self, backend: str, case: Case, inputs: Inputs, reference: Reference) -> Call:
+        reply = self.subject.run(backend, case, inputs)
+        measurements: Mapping[str, Measurement] = {}
+        if reply.outcome == "done":
+            measurements = reference.measure(reply.outputs, reply.declarations)
+        return Call(reply, measurements)
 
 
 def _shortage(case: Case) -> str | None:
@@ -248,16 +265,6 @@ def available_memory() -> int | None:
         return None  # not Linux
     kib = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
     return int(kib[0]) * 1024 if kib else None
-
-
-def _call(
-    backend: str, case: Case, inputs: Inputs, reference: Reference, subject: AnySubject
-) -> Call:
-    reply = subject.run(backend, case, inputs)
-    measurements: Mapping[str, Measurement] = {}
-    if reply.outcome == "done":
-        measurements = reference.measure(reply.outputs, reply.declarations)
-    return Call(reply, measurements)
 
 
 def _outcome(call: Call, case: Case, reference: Reference) -> dict[str, Any]:

@@ -35,6 +35,7 @@ ORDER = (
     "selection",
     "report",
     "rejudge",
+    "resume",
     "compare",
     "api",
     "probe",

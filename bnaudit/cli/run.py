@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,7 +27,7 @@ from bnaudit.cli.common import (
 
 if TYPE_CHECKING:
     from bnaudit import environments
-    from bnaudit.audit import ControlOutcome, Event, Result, Selected
+    from bnaudit.audit import ControlOutcome, Earlier, Event, Result, Selected
     from bnaudit.progress import CaseProgress
     from bnaudit.report import CaseRecord, Environment, Report, ResultRecord, Writer
     from bnaudit.scenario import Scenario
@@ -113,6 +113,11 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     help="Save the report as JSON, as results come; - for stdout.",
 )
 @click.option(
+    "--resume",
+    is_flag=True,
+    help="Keep what an interrupted run with the same --json FILE has saved, and run the rest.",
+)
+@click.option(
     "--fail-on",
     type=click.Choice(["fail", "warn", "never"]),
     default="fail",
@@ -135,6 +140,7 @@ def run(
     consistency: bool,
     checks: tuple[str, ...],
     target: str | None,
+    resume: bool,
     fail_on: str,
     quiet: bool,
     verbose: bool,
@@ -146,6 +152,8 @@ def run(
     """
     if quiet and verbose:
         raise click.UsageError("-q and -v exclude each other", click.get_current_context())
+    if resume and target in (None, "-"):
+        raise click.UsageError("--resume takes --json FILE", click.get_current_context())
     with explained(verbose), interruptible():
         from bnaudit import environments
         from bnaudit.scenario import load
@@ -165,6 +173,7 @@ def run(
             must_check=checks,
             fail_on=fail_on,
             path=path,
+            resume=resume,
         )
         screen = Screen(stderr=target == "-", verbose=verbose)
         report, writer, end = audit.conduct(screen, quiet=quiet)
@@ -203,6 +212,7 @@ class Audit:
     checks: Sequence[str] = ()
     must_check: Sequence[str] = ()
     fail_on: str = "fail"
+    resume: bool = False
 
     def conduct(
         self, screen: Screen, *, quiet: bool
@@ -222,14 +232,16 @@ class Audit:
         selected = selection.select(self.backends, self.required, BACKENDS, names)
         matches = _anything if self.expression is None else selection.matcher(self.expression)
         places = [environments.resolve(*given, announce) for given in self.specifications]
-        writer = Writer(self.path, ["bnaudit", *sys.argv[1:]])
         with scratch_folder() as scratch, contextlib.ExitStack() as stack:
             subject = self._start(self.threads, places, scratch, stack)
             other = self._start(1 if self.threads > 1 else 2, places, scratch, stack)
             reasons = subject.describe([backend.name for backend in selected])
             if places and not self.backends:
                 selected = _available(selected, reasons, names)
-            current, *rest = map(writer.add_environment, subject.environments())
+            found = subject.environments()
+            earlier = self._earlier(found)
+            writer = Writer(self.path, ["bnaudit", *sys.argv[1:]])
+            current, *rest = map(writer.add_environment, found)
             writer.missing = {
                 b.name: why for b in selected if b.required and (why := reasons[b.name])
             }
@@ -247,6 +259,7 @@ class Audit:
                 stop_early=self.stop_early,
                 checks=frozenset(self.checks),
                 other=other,
+                earlier=earlier,
             )
             progress = CaseProgress(cases, quiet=quiet)
             results, controls, end = _follow(events, writer, screen, progress)
@@ -266,6 +279,19 @@ class Audit:
         if end is None and len(report.cases) < cases:
             screen.say("stopped at the first gated failure (-x)")
         return report, writer, end
+
+    def _earlier(self, environments: Sequence[Mapping[str, Any]]) -> Earlier:
+        """What an interrupted report of the same name holds already, where it is to be continued."""
+        from bnaudit import resume
+        from bnaudit.report import Environment, ReportError, load
+
+        if not self.resume or self.path is None or not self.path.exists():
+            return lambda case, backends: None
+        records = [Environment.model_validate(found) for found in environments]
+        try:
+            return resume.earlier(load(self.path), self.scenarios, records, self.checks)
+        except resume.ResumeError as error:
+            raise ReportError(f"cannot resume {self.path}: {error}") from error
 
     def _start(
         self,

@@ -295,7 +295,7 @@ def closing(report: Report, *, verbose: bool = False) -> Iterator[RenderableType
     yield ""
     yield from controls(report)
     yield from consistency(report, verbose=verbose)
-    yield from _gaps(report)
+    yield from gaps(report)
     yield Hanging("", counts(report))
     if verbose or not report.summary.ran:
         reasons = Counter(r.reason for r in report.results if r.status == "unsupported")
@@ -359,7 +359,7 @@ def _row(layout: Layout, group: Sequence[ResultRecord], cases: Mapping[str, Case
         if worst.gated and worst.status not in ("pass", "warn")
         else worst.status
     )
-    name, quantity = _worst_quantity(worst)
+    name, quantity = worst_quantity(worst)
     prefix = "" if name in ("y", "") else f"{name} "
     style = STYLES[worst.status]
     if worst.gated and worst.status != "pass":
@@ -368,7 +368,7 @@ def _row(layout: Layout, group: Sequence[ResultRecord], cases: Mapping[str, Case
         layout,
         backend=Text(_shorten(worst.backend, layout.backend)),
         worst=Text(prefix + brief(case, layout.worst - len(prefix))),
-        off_by=Text(_off_by(name, quantity)),
+        off_by=Text(off_by(name, quantity)),
         bound=Text(_bound(quantity)),
         status=_status(layout, f"{word} {same}/{ran}", worst.gated, style),
         floor=Text(number(None if quantity is None else quantity.floor, 2)),
@@ -542,7 +542,7 @@ def _finding(worst: ResultRecord, size: int, context: _Context, verbose: bool) -
 
 
 def _evidence(result: ResultRecord) -> Iterator[Text]:
-    name, quantity = _worst_quantity(result)
+    name, quantity = worst_quantity(result)
     reason = result.reason or ""
     if quantity is None or quantity.worst is None or result.status == "warn":
         if reason:
@@ -555,7 +555,7 @@ def _evidence(result: ResultRecord) -> Iterator[Text]:
         text += f"; {quantity.reason}"
     yield Text(text)
     others = [
-        f"{other} {_off_by(other, found)}"
+        f"{other} {off_by(other, found)}"
         for other, found in result.quantities.items()
         if other != name and found.status == "fail"
     ]
@@ -580,7 +580,7 @@ def _specimen(firsts: Sequence[ResultRecord], context: _Context) -> RenderableTy
 
 def _telling(firsts: Sequence[ResultRecord]) -> ResultRecord:
     """The first in which y is off, which says more than a statistic."""
-    return next((r for r in firsts if _worst_quantity(r)[0] == "y"), firsts[0])
+    return next((r for r in firsts if worst_quantity(r)[0] == "y"), firsts[0])
 
 
 def _apart(value: float, reference: float) -> tuple[str, str]:
@@ -599,7 +599,7 @@ def _worst(results: Iterable[ResultRecord]) -> ResultRecord:
     """The worst of the results that ran: by status, then by y, in standard deviations, then by bound."""
 
     def severity(result: ResultRecord) -> tuple[float, ...]:
-        name, quantity = _worst_quantity(result)
+        name, quantity = worst_quantity(result)
         if quantity is None:
             return (SEVERITY.index(result.status), 0, 0, 0)
         sigma = math.inf if quantity.nonfinite else quantity.max_sigma_error
@@ -613,7 +613,7 @@ def _worst(results: Iterable[ResultRecord]) -> ResultRecord:
     return max((r for r in results if r.status in RAN), key=severity)
 
 
-def _worst_quantity(result: ResultRecord) -> tuple[str, Quantity | None]:
+def worst_quantity(result: ResultRecord) -> tuple[str, Quantity | None]:
     """The quantity that decides a result's status: y if it is one of those, else the farthest off."""
     if not result.quantities:
         return "", None
@@ -633,7 +633,7 @@ def _comparable(value: float | None) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def _off_by(name: str, quantity: Quantity | None) -> str:
+def off_by(name: str, quantity: Quantity | None) -> str:
     """How far off: y in standard deviations, a per-channel quantity in ulp, grad_input as it is."""
     if quantity is None:
         return "-"
@@ -673,7 +673,7 @@ def _incomplete(report: Report) -> str:
     return f"asked for and checked in no case: {', '.join(report.unmade)}"
 
 
-def _gaps(report: Report) -> Iterator[RenderableType]:
+def gaps(report: Report) -> Iterator[RenderableType]:
     """What a gated backend was asked for and did not give: all cases, or some of a case's quantities."""
     cases = {case.id: case for case in report.cases}
     gated: dict[str, list[ResultRecord]] = {}

@@ -16,23 +16,37 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from io import StringIO
 from string import Template
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console, RenderableType
 
 from bnaudit.render import console
 from bnaudit.render.words import label, number
-from bnaudit.report import CaseRecord, Environment, Quantity, Report, ResultRecord
+from bnaudit.report import (
+    CaseRecord,
+    DisagreementRecord,
+    Environment,
+    Quantity,
+    Report,
+    ResultRecord,
+    Status,
+)
 
 SCRIPTS = ("d3.min.js", "plot.umd.min.js", "report.js")
 """The page's scripts, in the order in which they run."""
 
-STATUSES = ("pass", "warn", "fail", "timeout", "crash", "unsupported", "unavailable")
+STATUSES: Sequence[str] = get_args(Status)
+
+UNFOLDED = 6
+"""Findings of gated backends that are read at once; the others unfold."""
+
+LINES = 5
+"""Lines of a finding that are read at once; what unfolds is a traceback."""
 
 LISTED = 200
 """Disagreements and broken checks that the page lists at most; the JSON report has all."""
@@ -40,20 +54,37 @@ LISTED = 200
 HEADING = re.compile(r"\[(\d+)\] (\S+) (.*)")
 """A finding's first line: number, status, where."""
 
-INVISIBLE = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
+INVISIBLE = dict.fromkeys(
+    [*range(9), 11, 12, *range(14, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}"
+)
 """Control characters, which HTML does not allow."""
 
 CASE_FIELDS = (
-    "id scenario dtype shape n condition_number mode backward memory_format eps momentum steps seed input "
-    "file line key input_sha256"
-).split()
+    *("id", "scenario", "shape", "dtype", "n", "condition_number", "mode", "backward"),
+    *(
+        "memory_format",
+        "eps",
+        "momentum",
+        "steps",
+        "seed",
+        "input",
+        "affine",
+        "running",
+        "grad_output",
+    ),
+    *("param_dtype", "thresholds", "file", "line", "key", "input_sha256"),
+)
 """Fields of a case that the page shows as the report has them."""
 
-RESULT_FIELDS = "backend environment status label reason cause finding gated kernel seconds detail".split()
+RESULT_FIELDS = (
+    *("backend", "environment", "status", "label", "reason", "cause", "finding", "gated", "kernel"),
+    *("seconds", "detail"),
+)
 
 QUANTITY_FIELDS = (
-    "status max_abs_error max_sigma_error max_ulp_error bound_ratio tight_ratio floor nonfinite reason"
-).split()
+    *("status", "max_abs_error", "max_sigma_error", "max_ulp_error", "bound_ratio", "tight_ratio"),
+    *("floor", "nonfinite", "reason"),
+)
 
 
 def html(report: Report) -> str:
@@ -104,7 +135,7 @@ def _data(report: Report) -> dict[str, Any]:
         "quantities": quantities,
         "cases": _table(["label", *CASE_FIELDS], map(_case_row, report.cases)),
         "results": _table(
-            ["case", *RESULT_FIELDS, "quantity", "off_by", "bound_ratio", "quantities"],
+            ["case", *RESULT_FIELDS, "quantity", "off_by", "quantities"],
             (_result_row(result, positions, quantities) for result in report.results),
         ),
         "fields": ["name", *QUANTITY_FIELDS, "index", "value", "reference"],
@@ -130,7 +161,6 @@ def _result_row(
         *(record[field] for field in RESULT_FIELDS),
         name,
         console.off_by(name, worst),
-        None if worst is None else _short(worst.bound_ratio),
         [_quantity_row(quantities.index(key), q) for key, q in result.quantities.items()],
     ]
 
@@ -163,11 +193,12 @@ def _json(value: Any) -> str:
 
 
 def _facts(report: Report) -> dict[str, str]:
-    gated = dict.fromkeys(r.backend for r in report.results if r.gated and r.status != "unavailable")
+    gated = dict.fromkeys(
+        r.backend for r in report.results if r.gated and r.status != "unavailable"
+    )
     facts = {
         "Gating": ", ".join(gated) or "nothing",
-        "Started": report.started,
-        "Took": f"{number(report.duration_seconds, 3)} s",
+        "Started": f"{report.started}, took {number(report.duration_seconds, 3)} s",
         "Command": report.command,
         "Version": f"bnaudit {report.bnaudit_version}",
     }
@@ -177,18 +208,18 @@ def _facts(report: Report) -> dict[str, str]:
 
 
 def _tally(results: Iterable[ResultRecord]) -> str:
-    """Counts of the statuses, for gated backends and for specimens, with a bar of their shares."""
-    counts = Counter((result.gated, result.status) for result in results)
-    used = [s for s in STATUSES if counts[True, s] or counts[False, s]]
-    head = "".join(f'<th scope="col"><span class="status {s}">{s}</span></th>' for s in used)
-    rows = ""
+    """Counts of the statuses, of gated backends and of specimens, under a bar of their shares."""
+    counts: Counter[tuple[bool, str]] = Counter((r.gated, r.status) for r in results)
+    text = ""
     for gated, name in ((True, "gated"), (False, "(specimens)")):
-        cells = "".join(f"<td>{counts[gated, s] or '–'}</td>" for s in used)
-        bar = "".join(
-            f'<i class="{s}" style="flex-grow:{counts[gated, s]}"></i>' for s in used if counts[gated, s]
-        )
-        rows += f'<tr><th scope="row">{name}</th>{cells}<td class="bar"><div>{bar}</div></td></tr>'
-    return f"<table><thead><tr><td></td>{head}<td></td></tr></thead><tbody>{rows}</tbody></table>"
+        used = {s: counts[gated, s] for s in STATUSES if counts[gated, s]}
+        if used:
+            bar = "".join(f'<i class="{s}" style="flex-grow:{n}"></i>' for s, n in used.items())
+            words = "".join(
+                f'<span>{n} <span class="status {s}">{s}</span></span>' for s, n in used.items()
+            )
+            text += f"<dt>{name}</dt><dd><div>{bar}</div><p>{words}</p></dd>"
+    return text
 
 
 def _findings(report: Report) -> str:
@@ -202,25 +233,38 @@ def _findings(report: Report) -> str:
             continue
         finding, word, where = found.groups()
         status = word.strip("()").lower()
-        text = "".join(f"<p>{_text(line)}</p>" for line in rest)
+        text = "".join(f"<p>{_text(line)}</p>" for line in rest[:LINES])
+        if len(rest) > LINES:
+            text += f"<details><summary>more</summary><pre>{_text(chr(10).join(rest[LINES:]))}</pre></details>"
         item = (
             f'<li class="finding {status}" id="finding-{finding}"><h3><span class="status {status}">'
             f'{_text(word)}</span> <b class="number">{finding}</b> {_text(where)}</h3>{text}</li>'
         )
         (specimens if word.startswith("(") else gated).append(item)
-    shown = f"<ol>{''.join(gated)}</ol>" if gated else "<p>No gated backend has a finding.</p>"
-    if specimens:
-        shown += (
-            f"<details><summary>{len(specimens)} of specimens, which deviate by design and gate nothing"
-            f"</summary><ol>{''.join(specimens)}</ol></details>"
-        )
-    return shown
+    first = "".join(gated[:UNFOLDED])
+    text = f"<ol>{first}</ol>" if gated else "<p>No gated backend has a finding.</p>"
+    for kind, items, words in (
+        ("gated", gated[UNFOLDED:], "more of gated backends"),
+        ("specimens", specimens, "of specimens, which deviate by design and gate nothing"),
+    ):
+        if items:
+            text += (
+                f'<details class="{kind}"><summary>{len(items)} {words}</summary>'
+                f"<ol>{''.join(items)}</ol></details>"
+            )
+    return text
 
 
 def _controls(report: Report) -> str:
     words, *_ = map(_plain, console.controls(report))
     rows = [
-        [control.scenario, control.backend, f"must {control.expected}", control.observed, control.ok]
+        [
+            control.scenario,
+            control.backend,
+            f"must {control.expected}",
+            control.observed,
+            control.ok,
+        ]
         for control in sorted(report.controls, key=lambda control: control.ok)
     ]
     table = _rows(("scenario", "backend", "expected", "observed"), rows)
@@ -231,47 +275,47 @@ def _controls(report: Report) -> str:
 
 
 def _consistency(report: Report) -> str:
-    """How far gated backends are apart, and which checks do not hold."""
+    """Which checks do not hold, and how far gated backends are apart."""
     labels = {case.id: f"{case.scenario} {label(case)}" for case in report.cases}
     broken = [
-        [record.check, record.backend, labels[record.case], record.reason or "no reason given", False]
-        for record in report.consistency
-        if record.ok is False
+        [r.check, r.backend, labels[r.case], r.reason or "no reason given", False]
+        for r in report.consistency
+        if r.ok is False
     ]
-    made = sum(record.ok is not None for record in report.consistency)
     apart = [
-        [
-            " and ".join(record.backends),
-            f"{record.quantity} by {number(record.max_abs_difference, 3)}",
-            labels[record.case],
-            f"{number(record.ratio, 2)} times as much as two good ones",
-            False,
-        ]
-        for record in sorted(report.disagreements, key=lambda record: -record.ratio)
-        if not record.ratio <= 1
+        [" and ".join(r.backends), r.quantity, labels[r.case], _difference(r), False]
+        for r in sorted(report.disagreements, key=lambda r: -r.ratio)
+        if not r.ratio <= 1
     ]
-    parts = []
+    text = ""
     if report.consistency:
-        parts.append((f"{made - len(broken)} of {made} checks hold", broken))
+        made = sum(r.ok is not None for r in report.consistency)
+        words = f"{made - len(broken)} of {made} checks hold"
+        text += _folded(words, ("check", "backend", "case", "reason"), broken)
     if report.disagreements:
         words = f"gated backends disagree in {len(apart)} of {len(report.disagreements)} cases"
-        parts.append((words, apart))
-    if not parts:
-        return "<p>No checks were made, and there are no two gated backends to compare.</p>"
-    text = ""
-    for words, rows in parts:
-        if not rows:
-            text += f"<p>{words}</p>"
-            continue
-        rest = f"<p>and {len(rows) - LISTED} more</p>" if len(rows) > LISTED else ""
-        columns = ("check", "backend", "case", "reason") if rows is broken else ("backends", "differ in", "case", "")
-        text += f"<details><summary>{words}</summary>{_rows(columns, rows[:LISTED])}{rest}</details>"
-    return text
+        text += _folded(words, ("backends", "quantity", "case", "differ by"), apart)
+    return text or "<p>No checks were made, and there are no two gated backends to compare.</p>"
+
+
+def _difference(record: DisagreementRecord) -> str:
+    times = number(record.ratio, 2)
+    return f"{number(record.max_abs_difference, 3)}, {times} times as much as two good ones"
+
+
+def _folded(words: str, columns: Sequence[str], rows: Sequence[list[Any]]) -> str:
+    if not rows:
+        return f"<p>{words}</p>"
+    rest = f"<p>and {len(rows) - LISTED} more</p>" if len(rows) > LISTED else ""
+    table = _rows(columns, rows[:LISTED])
+    return f"<details><summary>{words}</summary>{table}{rest}</details>"
 
 
 def _environment(environment: Environment) -> str:
     record = environment.model_dump(mode="json")
-    facts = {name: _words(value) for name, value in record.items() if name not in ("name", "devices")}
+    facts = {
+        name: _words(value) for name, value in record.items() if name not in ("name", "devices")
+    }
     for device in environment.devices:
         facts[device.name] = _words(device.model_dump(mode="json", exclude={"name"}))
     return f"<h3>{_text(environment.name)}</h3>{_definitions(facts)}"

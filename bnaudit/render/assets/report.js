@@ -19,7 +19,7 @@
       if (typeof value === "function") element.addEventListener(name, value);
       else if (value !== null && value !== false) element.setAttribute(name, value === true ? "" : value);
     }
-    element.append(...children.flat());
+    element.append(...children.flat(Infinity));
     return element;
   }
 
@@ -33,12 +33,20 @@
   const cases = records(data.cases);
   const results = records(data.results);
   const severity = (result) => STATUSES.indexOf(result.status);
-  const size = (value) => (value === null ? -1 : Number.isNaN(value) ? Infinity : value);
+
+  /** A number for comparisons: nothing is less than 0, and nan is as bad as infinity. */
+  function size(value) {
+    return value === null ? -1 : Number.isNaN(value) ? Infinity : value;
+  }
 
   for (const it of cases) it.condition_number = real(it.condition_number);
   for (const it of results) {
     it.case = cases[it.case];
-    it.bound_ratio = real(it.bound_ratio);
+    it.worst = it.quantity ? quantity(it, it.quantity) : null;
+    it.bound_ratio = it.worst?.bound_ratio ?? null;
+    it.badness = it.worst?.nonfinite ? Infinity : size(it.bound_ratio);
+    const sigma = it.worst?.nonfinite ? Infinity : size(it.worst?.max_sigma_error ?? null);
+    it.rank = [severity(it), it.gated, it.quantity === "y", sigma, it.badness];
     it.name = it.gated ? it.backend : `(${it.backend})`;
     it.searched = [it.case.id, it.case.label, it.case.dtype, it.backend, it.status, it.cause, it.reason, it.kernel]
       .join(" ").toLowerCase();
@@ -58,8 +66,10 @@
     return record;
   }
 
-  const worstFirst = (a, b) =>
-    severity(b) - severity(a) || b.gated - a.gated || size(b.bound_ratio) - size(a.bound_ratio);
+  function worstFirst(a, b) {
+    const i = a.rank.findIndex((part, i) => part !== b.rank[i]);
+    return i < 0 ? 0 : a.rank[i] < b.rank[i] ? 1 : -1;
+  }
   const unique = (values) => [...new Set(values)];
 
   // --- numbers -------------------------------------------------------------------------------------
@@ -151,9 +161,9 @@
   // --- the map -------------------------------------------------------------------------------------
 
   /** Colours a cell by ×bound: between low and even below 1, between even and high above. */
-  function heat(cell, ratio) {
-    if (ratio === null) return cell.style.setProperty("--heat", "0%");
-    const decades = Math.log10(size(ratio));
+  function heat(cell, badness) {
+    if (badness <= 0) return cell.style.setProperty("--heat", "0%");
+    const decades = Math.log10(badness);
     const part = decades < 0 ? 1 - decades / RAMP[0] : decades / RAMP[1];
     const percent = Math.round(100 * Math.min(Math.max(part, 0), 1));
     cell.style.setProperty("--heat", `${percent}%`);
@@ -163,11 +173,11 @@
 
   function drawMap(found) {
     const rows = new Map(); // backend → case → result
-    for (const it of found) {
+    for (const it of [...found].sort((a, b) => b.gated - a.gated)) {
       if (!rows.has(it.name)) rows.set(it.name, new Map());
       rows.get(it.name).set(it.case, it);
     }
-    for (const [name, row] of rows)
+    for (const [name, row] of rows) // such a backend has no colour anywhere
       if ([...row.values()].every((it) => it.status === "unavailable")) rows.delete(name);
     const used = new Set([...rows.values()].flatMap((row) => [...row.keys()]));
     const scenarios = new Map();
@@ -203,18 +213,17 @@
   function mapCell(name, scenario, there, row) {
     const [worst] = there;
     const single = open.has(scenario);
-    const ratio = single ? worst.bound_ratio
-      : there.reduce((most, it) => (size(it.bound_ratio) > size(most) ? it.bound_ratio : most), null);
+    const badness = Math.max(...there.map((it) => it.badness));
     const where = single ? worst.case.label : `worst ${worst.case.label}`;
     const ran = there.filter((it) => RAN.includes(it.status));
     const share = single ? "" : ` ${there.filter((it) => it.status === worst.status).length} of ${ran.length || there.length}`;
     const text = [name, scenario, where, `${worst.status}${share}`,
-      ...(ran.length ? [`off by ${worst.off_by}`, `${number(ratio, 2)} × bound`] : [worst.reason ?? ""])].join(" · ");
+      ...(ran.length ? [`off by ${worst.off_by}`, `${number(badness < 0 ? null : badness, 2)} × bound`] : [worst.reason ?? ""])].join(" · ");
     const say = () => { $("readout").textContent = text; };
     const cell = el("button", { type: "button", tabindex: -1, class: `cell ${worst.status}${single ? " case" : ""}`,
       "aria-label": text, "data-row": row, "data-scenario": scenario, focus: say, mouseenter: say,
       click: () => (single ? show(worst) : fold(scenario, row, true)) }, SIGNS[worst.status]);
-    heat(cell, ratio);
+    heat(cell, badness);
     return cell;
   }
 
@@ -266,22 +275,24 @@
 
   // --- the plots -----------------------------------------------------------------------------------
 
+  const LEAST = 1e-20; // deviations below it stand with 0
+
   /** A logarithmic axis with places for 0 and ∞ beside it, which take what has no logarithm. */
   function logAxis(values) {
-    const finite = values.filter((value) => value > 0 && Number.isFinite(value));
+    const finite = values.filter((value) => value >= LEAST && Number.isFinite(value));
     const low = Math.floor(Math.min(0, ...finite.map(Math.log10)));
     const high = Math.ceil(Math.max(low + 1, ...finite.map(Math.log10)));
-    const gap = Math.max((high - low) / 14, 0.25);
-    const step = Math.max(1, Math.ceil((high - low) / 8));
+    const gap = Math.max((high - low) / 12, 0.25);
+    const step = Math.max(1, Math.ceil((high - low) / 7));
     const ticks = [];
-    for (let decade = low; decade <= high; decade += step) ticks.push(decade);
-    const zero = values.some((value) => value === 0);
+    for (let decade = Math.ceil(low / step) * step; decade <= high; decade += step) ticks.push(decade);
+    const least = values.filter((value) => value < LEAST);
     const infinite = values.some((value) => Number.isNaN(value) || value === Infinity);
     return {
-      place: (value) => value === 0 ? low - gap : Number.isFinite(value) ? Math.log10(value) : high + gap,
-      domain: [low - (zero ? 1.5 : 0.3) * gap, high + (infinite ? 1.5 : 0.3) * gap],
-      ticks: [...(zero ? [low - gap] : []), ...ticks, ...(infinite ? [high + gap] : [])],
-      tickFormat: (at) => (at < low ? "0" : at > high ? "∞" : power(at)),
+      place: (value) => value < LEAST ? low - gap : Number.isFinite(value) ? Math.log10(value) : high + gap,
+      domain: [low - (least.length ? 1.5 : 0.3) * gap, high + (infinite ? 1.5 : 0.3) * gap],
+      ticks: [...(least.length ? [low - gap] : []), ...ticks, ...(infinite ? [high + gap] : [])],
+      tickFormat: (at) => at < low ? (least.some(Boolean) ? `<${power(Math.log10(LEAST))}` : "0") : at > high ? "∞" : power(at),
     };
   }
 
@@ -324,7 +335,7 @@
     const tick = (key, options) =>
       Plot.link(limits.filter((at) => at[key] > 0), {
         x1: (at) => x.place(at.case[field]) - half, x2: (at) => x.place(at.case[field]) + half,
-        y1: (at) => y.place(at[key]), y2: (at) => y.place(at[key]), className: key, ariaLabel: key, ...options,
+        y1: (at) => y.place(at[key]), y2: (at) => y.place(at[key]), className: key, ...options,
       });
     const channels = { x: ({ it }) => x.place(it.case[field]), y: (dot) => y.place(dot.y) };
     const plot = Plot.plot({
@@ -339,11 +350,11 @@
       marks: [
         tick("floor", { stroke: "var(--soft)", strokeWidth: 1.5 }),
         tick("bound", { stroke: "var(--accent)", strokeWidth: 1.5 }),
-        measure === "bound_ratio" ? Plot.ruleY([0], { stroke: "var(--accent)", strokeWidth: 1.5, ariaLabel: "bound" }) : null,
+        measure === "bound_ratio" ? Plot.ruleY([0], { stroke: "var(--accent)", strokeWidth: 1.5, className: "bound" }) : null,
         Plot.dot(known, { ...channels, r: 3, symbol: ({ q }) => q.status,
           stroke: ({ q }) => `var(--${q.status})`, strokeOpacity: 0.75, strokeWidth: 1.2,
           fill: ({ it, q }) => (it.gated ? `var(--${q.status})` : "none"), fillOpacity: 0.55 }),
-        Plot.tip(known, Plot.pointer({ ...channels, maxRadius: 25,
+        Plot.tip(known, Plot.pointer({ ...channels, maxRadius: 25, lineWidth: box.clientWidth < 480 ? 11 : 20,
           title: ({ it, q }) => `${it.name}\n${it.case.scenario}\n${it.case.label}\n${q.name} ${q.status}: off by ${number(q.max_abs_error)}, ${number(q.bound_ratio, 2)} × bound` })),
       ],
     });
@@ -385,6 +396,7 @@
     const name = $("quantity").value;
     const measure = $("measure").value;
     const dots = points(found, name, measure);
+    $("symbols").lastChild.hidden = measure === "bound_ratio"; // has no floor
     scatter($("by-condition"), dots, "condition_number", "condition number", measure);
     scatter($("by-n"), dots, "n", "n", measure);
     histogram($("histogram"), found, name);
@@ -421,6 +433,13 @@
 
   // --- the list ------------------------------------------------------------------------------------
 
+  const floor = (it) => it.worst?.floor ?? null;
+
+  function deviation({ worst }) {
+    if (worst === null) return null;
+    return worst.nonfinite ? Infinity : (worst.max_sigma_error ?? worst.max_abs_error);
+  }
+
   const COLUMNS = {
     status: { label: "status", sort: worstFirst, cell: (it) => el("span", { class: `status ${it.status}` },
       it.gated ? it.status : `(${it.status})`) },
@@ -428,22 +447,13 @@
     scenario: { label: "scenario", text: (it) => it.case.scenario },
     case: { label: "case", text: (it) => it.case.label,
       cell: (it) => el("button", { type: "button", class: "link", click: () => show(it) }, it.case.label) },
-    "off-by": { label: "off by", right: true, value: (it) => offBy(it), cell: (it) => it.off_by },
+    "off-by": { label: "off by", right: true, value: deviation, cell: (it) => it.off_by },
     bound: { label: "×bound", right: true, value: (it) => it.bound_ratio, cell: (it) => number(it.bound_ratio, 2) },
-    floor: { label: "floor", right: true, value: (it) => floor(it), cell: (it) => number(floor(it), 2) },
+    floor: { label: "floor", right: true, value: floor, cell: (it) => number(floor(it), 2) },
     condition: { label: "condition", right: true, value: (it) => it.case.condition_number,
       cell: (it) => number(it.case.condition_number, 2) },
     kernel: { label: "kernel", text: (it) => it.kernel ?? "" },
   };
-
-  function offBy(it) {
-    const q = it.quantity && quantity(it, it.quantity);
-    return q ? (q.nonfinite ? Infinity : (q.max_sigma_error ?? q.max_abs_error)) : null;
-  }
-
-  function floor(it) {
-    return it.quantity ? quantity(it, it.quantity).floor : null;
-  }
 
   function sorted(found) {
     const { sort, text, value } = COLUMNS[order.column];
@@ -452,7 +462,7 @@
     const keyed = found.map((it) => [text ? text(it) : value(it), it]);
     keyed.sort(text
       ? ([a], [b]) => sign * a.localeCompare(b, "en", { numeric: true })
-      : ([a], [b]) => (a === null) - (b === null) || sign * (size(a) - size(b) || 0)); // absent ones last
+      : ([a], [b]) => (a === null) - (b === null) || sign * ((size(a) > size(b)) - (size(a) < size(b)))); // absent ones last
     return keyed.map(([, it]) => it);
   }
 
@@ -482,8 +492,8 @@
 
   // --- one result ----------------------------------------------------------------------------------
 
-  function definitions(entries) {
-    return el("dl", {}, entries.filter(([, value]) => value !== null && value !== "")
+  function definitions(entries, kind = null) {
+    return el("dl", { class: kind }, entries.filter(([, value]) => value !== null && value !== "")
       .map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, String(value)))));
   }
 
@@ -508,13 +518,23 @@
     return el("div", { class: "scroll" }, el("table", { class: "list" }, el("tbody", {}, rows)));
   }
 
-  const exact = (value) => (Number.isFinite(value) ? String(value) : number(value));
+  /** A number with all its digits. */
+  function exact(value) {
+    if (!Number.isFinite(value) || value === 0) return number(value);
+    return Math.abs(value) < 1e-3 ? value.toExponential() : String(value);
+  }
+
+  /** Fields as words: {distribution: normal, mean: 1} is "normal, mean 1". */
+  function words(value) {
+    if (value === null || typeof value !== "object") return value === null ? "" : String(value);
+    if (Array.isArray(value)) return value.map(words).join(", ");
+    return Object.entries(value).map(([key, item]) => (key === "distribution" ? item
+      : item !== null && typeof item === "object" ? `${key} (${words(item)})` : `${key} ${item}`)).join(", ");
+  }
 
   /** Opens the details of a result; again while they are open: those of another. */
   function show(it) {
     const c = it.case;
-    const input = Object.entries(c.input).map(([key, value]) =>
-      key === "distribution" ? value : `${key} ${typeof value === "object" ? JSON.stringify(value) : value}`).join(", ");
     const others = results.filter((other) => other.case === c && other !== it && RAN.includes(other.status));
     const close = el("button", { type: "button", "aria-label": "Close", click: () => $("detail").close() }, "Close");
     const reasons = it.quantities.map(expand).filter((q) => q.reason && !it.reason?.includes(q.reason));
@@ -528,7 +548,7 @@
       reasons.map((q) => el("p", { class: "why" }, `${q.name}: ${q.reason}`)),
       definitions([["cause", it.cause], ["label", it.label], ["kernel", it.kernel],
         ["finding", it.finding === null ? null : `#${it.finding}`], ["environment", it.environment],
-        ["took", it.seconds === null ? null : `${number(real(it.seconds))} s`]]),
+        ["took", it.seconds === null ? null : `${number(real(it.seconds))} s`]], "short"),
       it.quantities.length ? [el("h3", {}, "Quantities"), quantities(it),
         el("h3", {}, "Worst elements"), worstElements(it)] : "",
       it.detail ? [el("h3", {}, "Last words"), el("pre", {}, it.detail)] : "",
@@ -536,10 +556,12 @@
         el("li", {}, el("button", { type: "button", class: "link", click: () => show(other) }, other.name), " ",
           el("span", { class: `status ${other.status}` }, other.status), ` ${number(other.bound_ratio, 2)}`)))] : "",
       el("h3", {}, "Case"),
-      definitions([["id", c.id], ["input", input], ["shape", c.shape.join(" × ")], ["n", c.n],
-        ["condition number", number(c.condition_number)], ["dtype", c.dtype], ["memory format", c.memory_format],
-        ["mode", c.mode + (c.backward ? ", with backward" : "")], ["eps", real(c.eps)],
-        ["momentum", c.momentum === null ? "cumulative average" : real(c.momentum)], ["steps", c.steps],
+      definitions([["id", c.id], ["input", words(c.input)], ["shape", c.shape.join(" × ")], ["n", c.n],
+        ["condition number", number(c.condition_number)], ["affine", words(c.affine)],
+        ["running statistics before", words(c.running)], ["grad_output", words(c.grad_output)],
+        ["dtype", c.dtype], ["dtype of the parameters", c.param_dtype], ["memory format", c.memory_format],
+        ["mode", c.mode + (c.backward ? ", with backward" : "")], ["eps", exact(real(c.eps))],
+        ["momentum", c.momentum === null ? "cumulative average" : real(c.momentum)], ["steps", c.steps], ["thresholds", words(c.thresholds)],
         ["seed", c.seed], ["scenario file", `${c.file}:${c.line}`], ["key", c.key], ["SHA-256 of the input", c.input_sha256]]),
     ));
     if (!$("detail").open) $("detail").showModal();
@@ -554,7 +576,7 @@
     for (const it of [...results].sort(worstFirst))
       if (it.finding !== null && !worst.has(it.finding)) worst.set(it.finding, it);
     for (const [finding, it] of worst)
-      $(`finding-${finding}`)?.append(el("button", { type: "button", class: "link", click: () => show(it) }, "Its numbers"));
+      $(`finding-${finding}`)?.append(el("button", { type: "button", class: "link", click: () => show(it) }, "Details"));
   }
 
   function switchTheme() {
@@ -586,7 +608,7 @@
     if (event.target === $("detail")) $("detail").close(); // beside its content
   });
   window.addEventListener("beforeprint", () => {
-    for (const part of document.querySelectorAll("main details")) part.open = true;
+    for (const part of document.querySelectorAll("details.gated")) part.open = true;
   });
   draw();
 })();

@@ -172,6 +172,15 @@ def test_checks_that_do_not_hold_and_disagreements_are_listed() -> None:
     assert "torch@cpu and mine.py:f@cpu" in words(trust)
 
 
+def test_what_was_not_judged_is_listed_with_the_reason() -> None:
+    first, second = scenarios(f"{OFFSET}backward: true\n")[0].cases
+    refused = result(second, "torch@cpu", "unsupported", reason="no such dtype")
+    made = report(facts(first), result(first), facts(second), refused)
+    [trust] = [e for e in elements(html(made), "section") if e.get("id") == "trust"]
+    assert "1 unsupported: no such dtype" in words(trust)
+    assert "torch@cpu did not return them: grad_input in 1 of 1 case" in words(trust)
+
+
 def test_the_page_needs_nothing_from_elsewhere() -> None:
     for element in parsed(page()).iter():
         for attribute in ("src", "href", "srcset", "action", "data", "poster"):

@@ -102,7 +102,7 @@ def html(report: Report) -> str:
         "findings": _findings(report),
         "controls": _controls(report),
         "consistency": _consistency(report),
-        "caveats": _list(map(_plain, console.gaps(report))),
+        "caveats": _caveats(report),
         "environments": "".join(map(_environment, report.environments)),
         "licenses": _text(_asset("licenses.txt")),
         "data": _json(_data(report)),
@@ -198,7 +198,7 @@ def _facts(report: Report) -> dict[str, str]:
     )
     facts = {
         "Gating": ", ".join(gated) or "nothing",
-        "Started": f"{report.started}, took {number(report.duration_seconds, 3)} s",
+        "Started": f"{report.started}, took {number(report.duration_seconds, 3)}\N{NO-BREAK SPACE}s",
         "Command": report.command,
         "Version": f"bnaudit {report.bnaudit_version}",
     }
@@ -311,6 +311,17 @@ def _folded(words: str, columns: Sequence[str], rows: Sequence[list[Any]]) -> st
     return f"<details><summary>{words}</summary>{table}{rest}</details>"
 
 
+def _caveats(report: Report) -> str:
+    """What was asked for and not judged, and why."""
+    reasons = Counter(r.reason for r in report.results if r.status == "unsupported")
+    items = [
+        *map(_plain, console.gaps(report)),
+        *(f"{n} unsupported: {why or 'no reason given'}" for why, n in reasons.most_common()),
+    ]
+    text = "".join(f"<li>{_text(item)}</li>" for item in items)
+    return f"<h3>Not judged</h3><ul>{text}</ul>" if text else ""
+
+
 def _environment(environment: Environment) -> str:
     record = environment.model_dump(mode="json")
     facts = {
@@ -348,11 +359,6 @@ def _rows(columns: Sequence[str], rows: Iterable[list[Any]]) -> str:
 def _definitions(facts: Mapping[str, str]) -> str:
     pairs = (f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in facts.items())
     return f"<dl>{''.join(pairs)}</dl>"
-
-
-def _list(items: Iterable[str]) -> str:
-    text = "".join(f"<li>{_text(item)}</li>" for item in items)
-    return f"<ul>{text}</ul>" if text else ""
 
 
 def _plain(renderable: RenderableType) -> str:

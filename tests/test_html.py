@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import html5lib
@@ -26,6 +27,7 @@ from bnaudit.audit import ControlOutcome
 from bnaudit.consistency import Consistency, Disagreement
 from bnaudit.deviation import Worst
 from bnaudit.render.html import html
+from bnaudit.render.words import number
 
 XHTML = "{http://www.w3.org/1999/xhtml}"
 
@@ -388,7 +390,7 @@ def test_filters_show_what_matches(opened: Callable[..., Opened]) -> None:
     assert visited.texts("#grid tbody th") == ["(caffe-2016@cpu)"]
     visited.page.fill("#text", "nothing is called this")
     visited.count("0 of 26 results")
-    assert visited.texts("#readout") == ["Nothing matches these filters."]
+    assert visited.texts("#readout") == ["Nothing that matches these filters ran."]
     visited.page.get_by_role("button", name="Reset").click()
     visited.count("26 of 26 results")
     visited.page.check("#gated")
@@ -464,6 +466,22 @@ def test_the_details_have_every_number_bit_for_bit(opened: Callable[..., Opened]
     assert hexadecimal[1::2] == [w.reference_hex for w in worst]
     decimal = visited.texts("#detail td.mono:nth-child(3)")[::2]
     assert [float(text) for text in decimal[: len(EXACT)]] == list(EXACT)
+
+
+def test_numbers_are_written_as_on_the_terminal(opened: Callable[..., Opened]) -> None:
+    case = scenarios()[0].cases[0]
+    random = Random(0)
+    ratios = [10.0 ** random.uniform(-12, 12) for _ in range(95)] + [0.0, 1.0, 999.6, 1e-3, 9.96e-4]
+    made = report(
+        facts(case),
+        *(
+            result(case, f"b{i:02}.py:f@cpu", quantities={"y": judged(bound_ratio=ratio)})
+            for i, ratio in enumerate(ratios)
+        ),
+    )
+    visited = opened(html(made))
+    visited.page.locator("#table th.backend button").click()
+    assert visited.texts("#table td.bound") == [number(ratio, 2) for ratio in ratios]
 
 
 def test_details_lead_to_the_same_case_elsewhere(opened: Callable[..., Opened]) -> None:

@@ -174,8 +174,8 @@ def _quantity_row(name: int, quantity: Quantity) -> list[Any]:
 
 
 def _short(value: Any) -> Any:
-    """A measured number with the digits that are read; anything else as it is."""
-    return _number(float(f"{value:.4g}")) if isinstance(value, float) else value
+    """A measured number with the digits that are read, and some to round them by; anything else as it is."""
+    return _number(float(f"{value:.6g}")) if isinstance(value, float) else value
 
 
 def _number(value: float) -> float | str:

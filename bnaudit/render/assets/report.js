@@ -207,7 +207,7 @@
     $("grid").replaceChildren(el("thead", {}, head), el("tbody", {}, body));
     const first = $("grid").querySelector("tbody button") ?? $("grid").querySelector("button");
     if (first) first.tabIndex = 0;
-    $("readout").textContent = first ? "" : "Nothing matches these filters.";
+    $("readout").textContent = first ? "" : "Nothing that matches these filters ran.";
   }
 
   function mapCell(name, scenario, there, row) {
@@ -324,6 +324,18 @@
     return [...found.values()];
   }
 
+  /** Puts a plot into a box of the page; to a screen reader it is one image, whose numbers the list has. */
+  function figure(box, options) {
+    const plot = Plot.plot({
+      width: box.clientWidth, height: Math.round(Math.min(360, 160 + box.clientWidth / 3)),
+      marginLeft: 46, marginRight: 12, marginBottom: 36, color: { type: "identity" }, ...options,
+    });
+    plot.setAttribute("role", "img");
+    for (const marks of plot.querySelectorAll("g[aria-label]")) marks.setAttribute("role", "group");
+    box.replaceChildren(plot);
+    return plot;
+  }
+
   function scatter(box, dots, field, label, measure) {
     const known = dots.filter(({ it }) => it.case[field] !== null);
     if (!known.length) return box.replaceChildren(el("p", { class: "note" }, "Nothing to plot."));
@@ -338,14 +350,11 @@
         y1: (at) => y.place(at[key]), y2: (at) => y.place(at[key]), className: key, ...options,
       });
     const channels = { x: ({ it }) => x.place(it.case[field]), y: (dot) => y.place(dot.y) };
-    const plot = Plot.plot({
-      width: box.clientWidth, height: Math.round(Math.min(360, 160 + box.clientWidth / 3)),
-      marginLeft: 46, marginRight: 12, marginBottom: 36,
+    const plot = figure(box, {
       ariaLabel: `${dots.length} results, ${label}`,
       x: { domain: x.domain, ticks: x.ticks, tickFormat: x.tickFormat, label, labelAnchor: "center", labelArrow: "none" },
       y: { domain: y.domain, ticks: y.ticks, tickFormat: y.tickFormat, grid: true,
         label: measure === "bound_ratio" ? "×bound" : `deviation of ${$("quantity").value}`, labelArrow: "none" },
-      color: { type: "identity" },
       symbol: { domain: Object.keys(SYMBOLS), range: Object.values(SYMBOLS) },
       marks: [
         tick("floor", { stroke: "var(--soft)", strokeWidth: 1.5 }),
@@ -359,7 +368,6 @@
       ],
     });
     plot.addEventListener("click", () => { if (plot.value) show(plot.value.it); });
-    box.replaceChildren(plot);
   }
 
   function histogram(box, found, name) {
@@ -375,13 +383,11 @@
       bin.results += 1;
       bins.set(key, bin);
     }
-    box.replaceChildren(Plot.plot({
-      width: box.clientWidth, height: Math.round(Math.min(360, 160 + box.clientWidth / 3)),
-      marginLeft: 46, marginRight: 12, marginBottom: 36, ariaLabel: `${dots.length} results by ×bound`,
+    figure(box, {
+      ariaLabel: `${dots.length} results by ×bound`,
       x: { domain: [Math.floor(x.domain[0] / width) * width, Math.ceil(x.domain[1] / width) * width], ticks: x.ticks,
         tickFormat: x.tickFormat, label: `×bound of ${name}`, labelAnchor: "center", labelArrow: "none" },
       y: { grid: true, label: "results", labelArrow: "none" },
-      color: { type: "identity" },
       marks: [
         Plot.rectY([...bins.values()].sort((a, b) => STATUSES.indexOf(a.status) - STATUSES.indexOf(b.status)), {
           x1: "start", x2: (bin) => bin.start + width, y: "results", fill: (bin) => `var(--${bin.status})`, inset: 0.5,
@@ -389,7 +395,7 @@
         Plot.ruleX([0], { stroke: "var(--accent)", strokeWidth: 1.5 }),
         Plot.ruleY([0], { stroke: "var(--line)" }),
       ],
-    }));
+    });
   }
 
   function drawPlots(found) {

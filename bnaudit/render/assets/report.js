@@ -568,7 +568,7 @@
         ["dtype", c.dtype], ["dtype of the parameters", c.param_dtype], ["memory format", c.memory_format],
         ["mode", c.mode + (c.backward ? ", with backward" : "")], ["eps", exact(real(c.eps))],
         ["momentum", c.momentum === null ? "cumulative average" : real(c.momentum)], ["steps", c.steps], ["thresholds", words(c.thresholds)],
-        ["seed", c.seed], ["scenario file", `${c.file}:${c.line}`], ["key", c.key], ["SHA-256 of the input", c.input_sha256]]),
+        ["seed", c.seed], ["scenario file", `${c.file}:${c.line}`], ["key", c.key], ["SHA-256 of the input", c.input_sha256]], "parameters"),
     ));
     if (!$("detail").open) $("detail").showModal();
     $("detail").scrollTop = 0;

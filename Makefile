@@ -31,9 +31,9 @@ clean:  ## remove the environment and everything generated
 	touch $@
 
 .venv/test: .venv/torch
-	$(INSTALL) --editable '.[torch,test]'
+	$(INSTALL) --editable '.[torch,test,browser]'
 	touch $@
 
 .venv/dev: .venv/test
-	$(INSTALL) --editable '.[torch,test,dev]'
+	$(INSTALL) --editable '.[torch,test,browser,dev]'
 	touch $@

@@ -445,6 +445,8 @@ def test_the_worker_is_python_3_7_and_imports_only_what_it_may(path: Path) -> No
         "_opencv.py": {"cv2", "onnx"},
         "_openvino.py": {"openvino"},
         "_keras.py": {"keras", "jax", "tensorflow", "torch"},
+        "_megengine.py": {"megengine"},
+        "_mindspore.py": {"mindspore"},
         "_mlx.py": {"mlx"},
         "_mxnet_real.py": {"mxnet"},
         "_onnxruntime.py": {"onnx", "onnxruntime"},

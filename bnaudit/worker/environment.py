@@ -41,6 +41,8 @@ PACKAGES = (
     "nnabla",
     "tensorflow",
     "tensorflow-cpu",
+    "mindspore",
+    "megengine",
     "keras",
 )
 """Distributions whose version can change a result."""

@@ -314,6 +314,14 @@ BACKENDS = {
         "torch",
         "torch.nn.functional.batch_norm on the GPU: cuDNN or torch's own kernel, as torch chooses",
     ),
+    "torch-mkldnn@cpu": Backend(
+        "_torch",
+        "torch_mkldnn_cpu",
+        "real",
+        False,
+        "torch",
+        "torch's oneDNN path (x.to_mkldnn()): a fourth kernel, and none of torch's own",
+    ),
     "torch-compile@cpu": Backend(
         "_torch",
         "torch_compile_cpu",
@@ -532,6 +540,22 @@ BACKENDS = {
         False,
         "tensorflow",
         "tensorflow-moments compiled by XLA, which fuses products and sums",
+    ),
+    "mindspore@cpu": Backend(
+        "_mindspore",
+        "mindspore_cpu",
+        "real",
+        False,
+        "mindspore",
+        "MindSpore's ops.BatchNorm, by oneDNN; flushes subnormal numbers",
+    ),
+    "megengine@cpu": Backend(
+        "_megengine",
+        "megengine_cpu",
+        "real",
+        False,
+        "megengine",
+        "MegEngine's batch_norm: one float32 running sum; flushes subnormal numbers",
     ),
     "keras-jax@cpu": Backend(
         "_keras",

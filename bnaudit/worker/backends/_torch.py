@@ -4,7 +4,9 @@ F.batch_norm decides y, the running statistics and, by autograd, the gradients. 
 it does not hand out, come from a second call of the operator below it (`torch._batch_norm_impl_index`, on
 copies of the running statistics), whose last result says which implementation torch chose: 0 its own,
 1 cuDNN, 2 MIOpen. Both calls choose the same: the choice depends on torch's settings and on the arguments, but
-on no tensor's values. Requires torch 1.13 or later; 2.4 for torch-compile.
+on no tensor's values. torch-mkldnn gives F.batch_norm a tensor in oneDNN's layout, for which torch has no other
+kernel; there the operator hands out the variance instead of its inverse root. Requires torch 1.13 or later; 2.4
+for torch-compile.
 """
 
 from __future__ import annotations
@@ -50,6 +52,16 @@ CUDNN_MOST_IMAGES = {True: 880801, False: 65535}
 
 CUDNN_MOST_ELEMENTS = 2**31 - 2
 
+MKLDNN_REFUSALS = (
+    "currently mkldnn ",
+    "dense_to_mkldnn expects ",
+    "itensor_view_from_dense expects ",
+    "get_mkldnn_dtype: unsupported ",
+    "MKLDNN does not support ",
+    "could not create a primitive descriptor",  # oneDNN has none for this dtype on this processor
+)
+"""What torch says of a rank, dtype, mode or size that its oneDNN path does not take."""
+
 
 def unavailable(name: str) -> str | None:
     """Why a backend of this module cannot run here, or None."""
@@ -71,6 +83,8 @@ def unavailable(name: str) -> str | None:
             return "torch %s is built for ROCm, which has no cuDNN" % torch.__version__
         if not torch.backends.cudnn.is_available():
             return "torch %s is built without cuDNN" % torch.__version__
+    if name.startswith("torch-mkldnn") and not torch.backends.mkldnn.is_available():
+        return "torch %s is built without oneDNN (MKL-DNN)" % torch.__version__
     if name.startswith("torch-compile"):
         return _cannot_compile(name.partition("@")[2])
     return None
@@ -164,6 +178,50 @@ def torch_cudnn_deterministic_cuda(*tensors: Array | None, **options: Any) -> Ou
 
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         return _eager("cuda", tensors, expected="cudnn", **options)
+
+
+def torch_mkldnn_cpu(*tensors: Array | None, **options: Any) -> Outputs:
+    """F.batch_norm of x in oneDNN's layout, whatever layout it comes in; RuntimeError if another kernel ran.
+
+    Raises NotImplementedError, in torch's words, where oneDNN's path does not take the case.
+    """
+    try:
+        return _mkldnn(tensors, **options)
+    except RuntimeError as error:
+        words = str(error)
+        if not any(refusal in words for refusal in MKLDNN_REFUSALS):
+            raise
+        raise NotImplementedError(words.splitlines()[0]) from error
+
+
+def _mkldnn(
+    tensors: tuple[Array | None, ...], *, grad_output: Array | None, **options: Any
+) -> Outputs:
+    import torch
+
+    x, running_mean, running_var, weight, bias = _ordered(tensors, "cpu")
+    before = running_mean.clone(), running_var.clone()
+
+    def batch_norm(x: Tensor, *others: Tensor, **options: Any) -> Tensor:
+        y = torch.nn.functional.batch_norm(x.to_mkldnn(), *others, **options)
+        if not y.is_mkldnn:
+            raise RuntimeError(
+                "torch returned a %s tensor: oneDNN's BatchNorm did not run" % y.layout
+            )
+        return y.to_dense()
+
+    arguments = (x, running_mean, running_var, weight, bias)
+    outputs = _differentiated(batch_norm, arguments, options, to_tensor(grad_output, "cpu"))
+    if options["training"] and x.numel():
+        rest = (options["momentum"], options["eps"], False)
+        with torch.no_grad():
+            _, batch_mean, batch_var, *_ = torch._batch_norm_impl_index(
+                x.to_mkldnn(), weight, bias, *before, True, *rest
+            )
+        if batch_mean.dtype == torch.float32:
+            statistics = {"batch_mean": batch_mean, "batch_var": batch_var}
+            outputs.update((name, to_array(value.to_dense())) for name, value in statistics.items())
+    return dict(outputs, kernel="mkldnn %s" % _mkldnn_version())
 
 
 def torch_compile_cpu(*tensors: Array | None, **options: Any) -> Outputs:
@@ -424,6 +482,14 @@ def _where(device: str) -> str:
 
     name: str = torch.cuda.get_device_name() if device == "cuda" else _capability()
     return name
+
+
+def _mkldnn_version() -> str:
+    """Version of the oneDNN in torch, such as 3.12.0."""
+    import torch
+
+    found = re.search(r"MKL-DNN v(\S+)", torch.__config__.show())
+    return found.group(1) if found else "unknown"
 
 
 def _capability() -> str:

@@ -84,6 +84,9 @@ def unavailable(name: str) -> str | None:
     import torch
     import torch.distributed
 
+    # Before 2.0 SyncBatchNorm asks CUDA, also where there is none, whether it captures a graph.
+    if int(torch.__version__.split(".")[0]) < 2:
+        return "torch %s is too old for this SyncBatchNorm: 2.0 is needed" % torch.__version__
     if not torch.distributed.is_available():
         return "torch %s is built without torch.distributed" % torch.__version__
     if name.endswith("@cuda"):

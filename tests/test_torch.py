@@ -242,6 +242,77 @@ def test_the_digest_of_generated_code_ignores_where_and_when_it_was_generated() 
     assert digest([code]) != digest([code.replace("#pragma omp simd\n", "")])
 
 
+MKLDNN = "torch-mkldnn@cpu"
+
+
+def mkldnn(subject: Subject, folder: Path, text: str) -> Reply:
+    reason = subject.describe([MKLDNN])[MKLDNN]
+    if reason is not None:
+        pytest.skip(reason)
+    return run(subject, folder, text, MKLDNN)
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_onednns_path_gives_the_right_quantities(
+    subject: Subject, tmp_path: Path, dtype: str, memory_format: str
+) -> None:
+    text = (
+        f"{NORMAL}shape: [4, 3, 5, 6]\ndtype: {dtype}\nmemory_format: {memory_format}\n"
+        "backward: true\nmomentum: 0.25\nsteps: 2\n"
+        "affine: {weight: {distribution: normal, mean: 1}, bias: {distribution: normal}}\n"
+    )
+    reply = mkldnn(subject, tmp_path, text)
+    assert (reply.outcome, reply.reason) == ("done", None)
+    assert re.fullmatch(r"mkldnn \d+\.\d+\.\d+", reply.kernel or "")
+    expected = right_outputs(*prepare(tmp_path, text))
+    assert reply.outputs.keys() == expected.keys() - {"invstd"}
+    for name, got in reply.outputs.items():
+        right, near = expected[name], 64 * HALF[dtype]
+        if name in ("y", "grad_input"):
+            got, right = widen(got, dtype), widen(right, dtype)
+        np.testing.assert_allclose(got, right, atol=near, rtol=near, err_msg=name)
+
+
+def test_onednns_path_is_another_kernel(subject: Subject, tmp_path: Path) -> None:
+    assert largest(mkldnn(subject, tmp_path, constant(10000, "1, 1, 3, 3"))) == 0
+    reply = mkldnn(subject, tmp_path, constant(3.3, "32, 64, 56, 56"))
+    assert largest(reply) > 50 * largest(run(subject, tmp_path, constant(3.3, "32, 64, 56, 56")))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("shape: [4, 3, 7]\n", "currently mkldnn training only support 2d batchnorm"),
+        ("shape: [4, 3]\nmode: inference\n", "inference only support 2d and 3d batchnorm"),
+        ("shape: [4, 3, 5, 6]\ndtype: float64\n", "dense_to_mkldnn expects"),
+        ("shape: [4, 3, 5, 6]\naffine: null\n", "only support affine model"),
+        ("shape: [4, 3, 5, 6]\nmode: inference\nbackward: true\n", "only support train model"),
+        ("shape: [0, 3, 5, 6]\n", "unsupported data type"),
+        ("shape: [1, 3, 1, 1]\n", "Expected more than 1 value per channel"),
+    ],
+)
+def test_what_onednns_path_does_not_take_is_unsupported_in_torchs_words(
+    subject: Subject, tmp_path: Path, text: str, words: str
+) -> None:
+    reply = mkldnn(subject, tmp_path, NORMAL + text)
+    assert reply.outcome == "unsupported"
+    assert words in (reply.reason or "")
+
+
+def test_another_kernel_than_onednns_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    x, channels = np.ones((4, 3, 5, 5), np.float32), np.ones(3, np.float32)
+    options: dict[str, Any] = {"training": True, "momentum": 0.1, "eps": 1e-5, "grad_output": None}
+    monkeypatch.setattr(torch.Tensor, "to_mkldnn", lambda tensor: tensor)
+    with pytest.raises(
+        RuntimeError, match=r"torch\.strided tensor: oneDNN's BatchNorm did not run"
+    ):
+        _torch.torch_mkldnn_cpu(x, channels, channels, channels.copy(), channels.copy(), **options)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert "built without oneDNN" in (_torch.unavailable(MKLDNN) or "")
+
+
 @pytest.mark.parametrize("backend", CUDA)
 def test_without_a_gpu_the_cuda_backends_say_why(subject: Subject, backend: str) -> None:
     torch = pytest.importorskip("torch")

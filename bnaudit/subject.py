@@ -37,11 +37,14 @@ from bnaudit.worker.execution import IN_FULL, MAPPED, QUANTITIES
 from bnaudit.worker.poison import TUNABLES
 from bnaudit.worker.rounding import storage
 
-START_LIMIT = 300.0
-"""Seconds for a worker to start, and for a library or a plug-in to be imported."""
-
 FIRST_CALL = 5
-"""A backend's first call may take this many times the usual limit: it compiles, or starts a device."""
+"""A backend's first call may take this many times the usual limit: it compiles, or starts a device.
+
+So may the start of a worker and the import of a library or a plug-in, which have LEAST_START in any case.
+"""
+
+LEAST_START = 30.0
+"""Seconds; from a slow disk, a framework takes some to be imported."""
 
 STDERR_KEPT = 1 << 16
 """Bytes of a worker's standard error that are remembered."""
@@ -145,12 +148,14 @@ class Subject:
     ) -> None:
         """command: starts a Python, with the worker's arguments behind it.
 
-        threads: for every backend. timeout: seconds for a run, its first FIRST_CALL times as many.
+        threads: for every backend. timeout: seconds for a run, its first FIRST_CALL times as many, as for
+        what comes before it.
         """
         self.name = name
         self._command = command
         self.threads = threads
         self._timeout = timeout
+        self._start_limit = max(timeout * FIRST_CALL, LEAST_START)
         self._scratch = scratch
         self._folder = str(Path.cwd())
         self._workers: dict[str, _Worker] = {}
@@ -193,7 +198,7 @@ class Subject:
         """What backends run on here, as in a report. Raises SubjectError where no worker can run.
 
         Devices and flags are those of the libraries whose backends were described before, except for
-        plug-ins that break their worker.
+        libraries and plug-ins that break their worker.
         """
         found: dict[str, Any] = {}
         for key in ["numpy", *sorted(self._workers.keys() - {"numpy"})]:
@@ -201,9 +206,9 @@ class Subject:
             library = "torch" if plugin.is_plugin(key) else key
             try:
                 with self._worker(key) as worker:
-                    part = worker.environment(library)
+                    part = worker.environment(library, self._start_limit)
             except _Failure as failure:
-                if plugin.is_plugin(key):
+                if key != "numpy":
                     continue  # running it will tell
                 raise SubjectError(f"{shlex.join(self._command)}: {failure.reason}") from failure
             found = found or part
@@ -250,13 +255,17 @@ class Subject:
             return {name: f"there is no backend {name}" for name in names}
         try:
             with self._worker(key) as worker:
-                return worker.unavailable(names, self._folder)
+                return worker.unavailable(names, self._folder, self._start_limit)
         except _NoStart as failure:
             return dict.fromkeys(
                 names, f"no worker starts in {shlex.join(self._command)}: {failure.reason}"
             )
         except _Failure as failure:
-            late = f"not loaded within {START_LIMIT:g} s" if failure.outcome == "timeout" else None
+            late = (
+                f"not loaded within {self._start_limit:g} s"
+                if failure.outcome == "timeout"
+                else None
+            )
             return dict.fromkeys(names, late)
 
     @contextlib.contextmanager
@@ -268,7 +277,7 @@ class Subject:
                 self._stop(key)
                 environment = _environment(self.threads, plugin.is_plugin(key))
                 worker = self._workers[key] = _Worker(self._command, environment, self._scratch)
-                worker.greet()
+                worker.greet(self._start_limit)
             yield worker
         except BaseException:
             self._stop(key)
@@ -324,10 +333,10 @@ class _Worker:
             os.set_blocking(stream.fileno(), False)
             self._selector.register(stream, selectors.EVENT_READ)
 
-    def greet(self) -> None:
-        """Waits until the worker is ready. Raises _NoStart."""
+    def greet(self, limit: float) -> None:
+        """Waits until the worker is ready, `limit` seconds at most. Raises _NoStart."""
         try:
-            self._receive(START_LIMIT)
+            self._receive(limit)
         except _Failure as failure:
             raise _NoStart(failure.outcome, failure.reason, failure.detail) from failure
 
@@ -355,18 +364,18 @@ class _Worker:
             raise self._death() from error
         return self._receive(limit)
 
-    def unavailable(self, names: Sequence[str], folder: str) -> dict[str, str | None]:
+    def unavailable(self, names: Sequence[str], folder: str, limit: float) -> dict[str, str | None]:
         """Loads backends; why each cannot run here, or None. Raises _Failure."""
         request = {"op": "describe", "backends": list(names), "folder": folder}
-        answer = self.request(request, START_LIMIT)
+        answer = self.request(request, limit)
         try:
             return {name: answer["unavailable"][name] for name in names}
         except (KeyError, TypeError) as error:
             raise self._garbage(f"{type(error).__name__}: {error}") from error
 
-    def environment(self, library: str) -> dict[str, Any]:
+    def environment(self, library: str, limit: float) -> dict[str, Any]:
         """What the worker runs on, and the devices and flags of a library that is loaded. Raises _Failure."""
-        answer = self.request({"op": "environment", "library": library}, START_LIMIT)
+        answer = self.request({"op": "environment", "library": library}, limit)
         try:
             if answer["outcome"] != "done":
                 raise _Failure("crash", answer["reason"], answer["traceback"])

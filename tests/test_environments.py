@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from correct import prepare
 
-from bnaudit import environments
+from bnaudit import environments, subject
 from bnaudit.environments import EnvironmentSpecError, Subjects, parse, resolve, split
+from bnaudit.subject import Subject, scratch_folder
 
 FAKE_PYTHON = """#!/bin/sh
 echo "$@" >> {log}
@@ -156,3 +158,45 @@ def test_a_backend_runs_where_its_name_says() -> None:
     assert reasons["old:torch@cpu"] == "old has no torch@cpu"
     assert reasons[plugin] == f"current has no {plugin}"
     assert split("new:torch@cpu", ["old"]) == ("current", "new:torch@cpu")
+
+
+# --- broken frameworks -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "outcome", "words"),
+    [
+        ("import time; time.sleep(1000)", "unavailable", "not loaded within 5 s"),
+        ("import os; os._exit(3)", "crash", "exited with code 3"),
+        ("raise SystemExit(4)", "crash", "SystemExit: 4"),
+        ("import torch_gone", "unavailable", "No module named 'torch_gone'"),
+        ("raise OSError('libtorch.so: cannot open')", "unavailable", "OSError: libtorch.so"),
+        ("def f(:", "unavailable", "SyntaxError: "),
+    ],
+)
+def test_a_broken_framework_costs_its_own_results_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, outcome: str, words: str
+) -> None:
+    package = tmp_path / "torch"
+    package.mkdir()
+    (package / "__init__.py").write_text(source)
+    command = ("env", f"PYTHONPATH={tmp_path}", sys.executable)
+    case, inputs = prepare(tmp_path, "input: {distribution: normal}\nshape: [4, 3]\n")
+    monkeypatch.setattr(subject, "LEAST_START", 5)
+    with (
+        scratch_folder() as scratch,
+        Subject(scratch=scratch) as current,
+        Subject(name="x", command=command, scratch=scratch, timeout=1) as broken,
+    ):
+        subjects = Subjects({"current": current, "x": broken})
+        names = ["x:torch@cpu", "x:two-pass@cpu", "two-pass@cpu"]
+        reasons = subjects.describe(names)
+        assert reasons["x:two-pass@cpu"] is reasons["two-pass@cpu"] is None
+        # Told of as the others are, and also where it is the auditor's own.
+        assert [found["name"] for found in subjects.environments()] == ["current", "x"]
+        assert broken.environment()["packages"]["numpy"]
+        first, *others = [subjects.run(name, case, inputs) for name in names]
+        again = subjects.run("x:torch@cpu", case, inputs)
+    assert first.outcome == again.outcome == outcome
+    assert words in (first.reason or "")
+    assert [reply.outcome for reply in others] == ["done", "done"]

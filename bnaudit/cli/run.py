@@ -90,7 +90,8 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     callback=_finite,
     default=60.0,
     show_default=True,
-    help="Seconds a backend has for a case; five times as many for its first, which may compile.",
+    help="Seconds a backend has for a case; five times as many to be imported (30 at least) and for its "
+    "first, which may compile.",
 )
 @click.option("-x", "stop_early", is_flag=True, help="Stop at the first gated failure.")
 @click.option(

@@ -71,8 +71,8 @@ def unavailable(name: str) -> str | None:
         if error.name != "torch":
             return "torch cannot be imported: %s" % error
         return "torch is not installed in this environment (pip install 'bnaudit[torch]')"
-    except (ImportError, OSError) as error:  # a shared library that is missing or broken
-        return "torch cannot be imported: %s" % error
+    except Exception as error:  # a broken installation raises whatever it likes
+        return "torch cannot be imported: %s: %s" % (type(error).__name__, error)
     if name.endswith("@cuda"):
         if torch.version.cuda is None and torch.version.hip is None:
             return "torch %s is built without CUDA" % torch.__version__

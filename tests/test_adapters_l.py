@@ -296,6 +296,8 @@ def test_a_single_value_leaves_no_running_variance(
         ("mindspore@cpu", {"shape": "[2, 3, 2, 2, 2]"}, "rank of images must be in [2,4]"),
         ("mindspore@cpu", {"dtype": "bfloat16"}, "no bfloat16"),
         ("megengine@cpu", {"dtype": "float64"}, "no float64"),
+        ("megengine@cpu", {"dtype": "float16", "param_dtype": "same"}, "past the end"),
+        ("torch-mkldnn@cpu", {"dtype": "bfloat16", "param_dtype": "same"}, "past the end"),
         ("megengine@cpu", {"shape": "[2, 3, 2, 2, 2]"}, "rank 2, 3 or 4"),
         ("megengine@cpu", {"shape": "[0, 3]", "backward": "true"}, "AsyncError"),
     ],

@@ -286,6 +286,7 @@ def test_onednns_path_is_another_kernel(subject: Subject, tmp_path: Path) -> Non
         ("shape: [4, 3, 7]\n", "currently mkldnn training only support 2d batchnorm"),
         ("shape: [4, 3]\nmode: inference\n", "inference only support 2d and 3d batchnorm"),
         ("shape: [4, 3, 5, 6]\ndtype: float64\n", "dense_to_mkldnn expects"),
+        ("shape: [4, 3, 5, 6]\ndtype: bfloat16\nparam_dtype: same\n", "bfloat16 for float32"),
         ("shape: [4, 3, 5, 6]\naffine: null\n", "only support affine model"),
         ("shape: [4, 3, 5, 6]\nmode: inference\nbackward: true\n", "only support train model"),
         ("shape: [0, 3, 5, 6]\n", "unsupported data type"),

@@ -2,7 +2,8 @@
 
 MegEngine's momentum is the weight of the old running statistic, and its running variance is the unbiased one.
 The function does not hand out the batch statistics. Every memory format is copied into a C-contiguous tensor.
-In inference float16 with parameters in float32 gives a y and a gradient in float32, which are rounded here.
+In inference the gradient of a float16 x is float32, which is rounded here, and that of the bias a sum in
+float16.
 Importing MegEngine makes its process flush subnormal numbers to zero.
 """
 
@@ -58,6 +59,9 @@ def megengine_cpu(
         raise NotImplementedError("MegEngine makes no %s tensor of NumPy's" % dtype)
     if x.ndim not in RANKS:
         raise NotImplementedError("MegEngine's BatchNorm takes inputs of rank 2, 3 or 4")
+    if training and running_mean.dtype == np.float16:
+        # It would: values are wrong, and the process may die of it, or be wrong in later cases as well.
+        raise NotImplementedError("MegEngine writes past the end of what it keeps in float16")
     if not x.size and grad_output is not None:
         raise NotImplementedError("MegEngine raises AsyncError for the gradients of an empty batch")
     affine = weight is not None
@@ -80,7 +84,7 @@ def megengine_cpu(
         y, *running = found if training else [found]
         if grad_output is not None:
             manager.backward([y], [_tensor(grad_output)])
-    outputs = {"y": y.numpy().astype(x.dtype)}
+    outputs = {"y": y.numpy()}
     for name, value in zip(("running_mean", "running_var"), running):  # noqa: B905 - Python 3.7
         outputs[name] = value.numpy().reshape(-1)
     if grad_output is not None:

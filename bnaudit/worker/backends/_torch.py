@@ -200,6 +200,12 @@ def _mkldnn(
     import torch
 
     x, running_mean, running_var, weight, bias = _ordered(tensors, "cpu")
+    if running_mean.dtype in (torch.float16, torch.bfloat16):
+        # It would: y is garbage, and the process may die of it or give other backends' cases wrong values.
+        text = (
+            "torch's oneDNN path takes parameters in %s for float32, past the end of their memory"
+        )
+        raise NotImplementedError(text % str(running_mean.dtype).replace("torch.", ""))
     before = running_mean.clone(), running_var.clone()
 
     def batch_norm(x: Tensor, *others: Tensor, **options: Any) -> Tensor:
@@ -218,9 +224,8 @@ def _mkldnn(
             _, batch_mean, batch_var, *_ = torch._batch_norm_impl_index(
                 x.to_mkldnn(), weight, bias, *before, True, *rest
             )
-        if batch_mean.dtype == torch.float32:
-            statistics = {"batch_mean": batch_mean, "batch_var": batch_var}
-            outputs.update((name, to_array(value.to_dense())) for name, value in statistics.items())
+        outputs["batch_mean"] = to_array(batch_mean.to_dense())
+        outputs["batch_var"] = to_array(batch_var.to_dense())
     return dict(outputs, kernel="mkldnn %s" % _mkldnn_version())
 
 

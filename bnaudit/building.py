@@ -76,7 +76,7 @@ class Package(NamedTuple):
 
 
 PACKAGES = (
-    Package(r"chainer", ("chainer",), ("numpy<2",), ("setuptools<80", "wheel")),
+    Package(r"chainer", ("chainer",), ("numpy<2",), ("setuptools<74", "wheel")),
     Package(r"dm-haiku", ("haiku",), ("jax",)),
     Package(r"jaxlib", ("jax",), ("jax",)),
     Package(r"keras", ("keras-jax", "keras-tensorflow", "keras-torch")),
@@ -154,11 +154,16 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be built. python: an interpreter, or a name of one for uv; version: of that, if known."""
+    """What is to be built.
+
+    python: an interpreter, or a name of one for uv; version: of that, if known. first: what is installed
+    before the requirements.
+    """
 
     python: str
     version: str | None
     requirements: list[str]
+    first: list[str]
 
     @classmethod
     def of(cls, python: str, requirements: Sequence[str]) -> Request:
@@ -166,7 +171,8 @@ class Request:
         absolute = [
             str(Path(r).expanduser().absolute()) if r.endswith(".whl") else r for r in requirements
         ]
-        return cls(*_base(python), completed(absolute))
+        first = [need for requirement in absolute for need in known(requirement).build]
+        return cls(*_base(python), completed(absolute), first)
 
     @property
     def folder(self) -> Path:
@@ -226,11 +232,10 @@ def _build(name: str, request: Request, show: Callable[[str], None]) -> None:
         install = [uv, "pip", "install", "--python", python]
         if os.environ.get("PIP_NO_INDEX"):
             install.append("--no-index")
-    first = [need for r in request.requirements for need in known(r).build]
     commands = [make, [*install, *request.requirements]]
-    if first:
+    if request.first:
         commands[1:] = [
-            [*install, *first],
+            [*install, *request.first],
             [*install, "--no-build-isolation", *request.requirements],
         ]
     for command in commands:

@@ -538,12 +538,15 @@ def test_of_backends_that_nobody_named_an_empty_environment_leaves_one_as_missin
 
 
 def test_environments_are_described_with_reasons(invoke: Invoke, tmp_path: Path) -> None:
-    (tmp_path / "bnaudit.yaml").write_text("environments: {later: numpy==0.0, broken: /bin/false}")
+    (tmp_path / "bnaudit.yaml").write_text(
+        "environments: {later: numpy==0.0, broken: /bin/false, gone: python3.98}"
+    )
     outcome = invoke("list", "environments", "-v", "--env", f"other={sys.executable}")
     words = " ".join(outcome.out.split())
     assert outcome.code == 0
     assert re.search(r"^later +numpy==0.0 +not built yet", outcome.out, re.MULTILINE)
     assert re.search(r"^broken +/bin/false +/bin/false: exited", outcome.out, re.MULTILINE)
+    assert "gone: there is no interpreter python3.98" in words
     assert re.search(rf"^other .*numpy {np.__version__}", outcome.out, re.MULTILINE)
     assert "flax@cpu, flax-stable@cpu, flax-nnx@cpu" in words
 

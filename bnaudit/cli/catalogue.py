@@ -124,7 +124,11 @@ def _describe_environments(given: Sequence[str], config: str | None) -> list[Des
     entries = []
     with scratch_folder() as scratch:
         for name, spec in {environments.CURRENT: environments.CURRENT, **specifications}.items():
-            found = environments.read(name, spec)
+            try:
+                found = environments.read(name, spec)
+            except environments.EnvironmentSpecError as error:
+                entries.append(environments.Described(name, spec, problem=str(error)))
+                continue
             waits = isinstance(found, Request) and not found.is_built() and name not in asked
             place = None if waits else environments.resolve(name, spec, watch(quiet=False))
             entries.append(environments.describe(name, spec, place, scratch))

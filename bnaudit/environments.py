@@ -127,8 +127,9 @@ def frameworks(name: str, spec: str, table: Mapping[str, Backend]) -> list[str]:
 class Described:
     """An environment as a list shows it.
 
-    spec: what it was given as. python: path and version of the interpreter, packages: versions of those that
-    matter, reasons: why each real framework cannot run there, or None; None where it is not built yet.
+    spec: what it was given as, or is to be built from. python: path and version of the interpreter;
+    packages: versions of those that matter; reasons: why each real framework cannot run there, or None;
+    all three are None where it is not built yet.
     problem: why it cannot be used at all.
     """
 
@@ -140,10 +141,8 @@ class Described:
     problem: str | None = None
 
 
-def describe(name: str, spec: str, place: Environment | None, scratch: Path) -> Described:
-    """What is in an environment; place: None where that is not built yet."""
-    if place is None:
-        return Described(name, spec)
+def describe(name: str, spec: str, place: Environment, scratch: Path) -> Described:
+    """What is in an environment."""
     names = [backend for backend, known in BACKENDS.items() if known.kind == "real"]
     with Subject(name=name, command=place.command, scratch=scratch) as subject:
         try:

@@ -544,7 +544,7 @@ def test_environments_are_described_with_reasons(invoke: Invoke, tmp_path: Path)
     outcome = invoke("list", "environments", "-v", "--env", f"other={sys.executable}")
     words = " ".join(outcome.out.split())
     assert outcome.code == 0
-    assert re.search(r"^later +numpy==0.0 +not built yet", outcome.out, re.MULTILINE)
+    assert re.search(r"^later .*not built yet", outcome.out, re.MULTILINE)
     assert re.search(r"^broken +/bin/false +/bin/false: exited", outcome.out, re.MULTILINE)
     assert "gone: there is no interpreter python3.98" in words
     assert re.search(rf"^other .*numpy {np.__version__}", outcome.out, re.MULTILINE)

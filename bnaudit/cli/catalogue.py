@@ -129,8 +129,11 @@ def _describe_environments(given: Sequence[str], config: str | None) -> list[Des
             except environments.EnvironmentSpecError as error:
                 entries.append(environments.Described(name, spec, problem=str(error)))
                 continue
-            waits = isinstance(found, Request) and not found.is_built() and name not in asked
-            place = None if waits else environments.resolve(name, spec, watch(quiet=False))
+            if isinstance(found, Request) and not found.is_built() and name not in asked:
+                wanted = " ".join([found.python, *found.requirements])
+                entries.append(environments.Described(name, wanted))
+                continue
+            place = environments.resolve(name, spec, watch(quiet=False))
             entries.append(environments.describe(name, spec, place, scratch))
     return entries
 

@@ -123,6 +123,20 @@ class Change(_Record):
     statistics_identical: bool
 
 
+class CheckChange(_Record):
+    """A check of consistency, or a scenario's control, that held in one report and not in the other.
+
+    case: NEW's name, or the control's scenario. check: that of consistency, or "must fail", "must pass".
+    reason: what was seen in the report in which it does not hold. regression: whether that is NEW.
+    """
+
+    case: str
+    backend: ForeignText
+    check: str
+    regression: bool
+    reason: ForeignText | None
+
+
 class CaseError(_Record):
     """A case whose results cannot be compared, because the inputs were not the same."""
 
@@ -146,7 +160,8 @@ class Comparison(_Record):
     """What changed from one bnaudit report to another.
 
     notes: sentences on what the comparison cannot tell. compared: pairs of results of which at least one
-    ran; unchanged: those of them that are no change. changes: the worst first.
+    ran; unchanged: those of them that are no change. changes: the worst first. checks: those that hold in
+    one report only.
     """
 
     model_config = ConfigDict(frozen=True, title="bnaudit comparison, version 1")
@@ -164,6 +179,7 @@ class Comparison(_Record):
     unchanged: int
     counts: dict[Kind, int]
     changes: list[Change]
+    checks: list[CheckChange]
     verdict: Literal["same", "changed", "regression", "incomplete", "nothing-in-common"]
     exit_code: Literal[0, 1, 3, 5]
 
@@ -187,7 +203,8 @@ def compare(
     A regression is a worse status, a result that was sound and is missing, or T at least `factor` times
     the old one where the new T0 (T where there is no T0) is above 1; a deviation of y that is not above
     its floor is none. Only gated backends decide on the exit code: 1 where one regressed (fail_on
-    "change": where anything of one changed; "never": not at all), 3 where inputs of a case differ, 5 where
+    "change": where anything of one changed; "never": not at all) or where a check or a control no longer
+    holds, 3 where inputs of a case differ, 5 where
     no gated result has a counterpart.
     renamed: names of NEW's backends by those of OLD's, where they differ. Raises ComparisonError.
     """
@@ -198,9 +215,12 @@ def compare(
         if change is not None:
             changes.append(change)
     changes.sort(key=_severity)
+    checks = [*_check_changes(old, new, pairing), *_control_changes(old, new)]
+    checks.sort(key=lambda check: not check.regression)
     counts = Counter(change.kind for change in changes)
-    gated = any(change.gated for change in changes)
-    verdict = _verdict(pairing, changes, gates=any(r.gated for r in (*old.results, *new.results)))
+    gated = bool(checks) or any(change.gated for change in changes)
+    gates = any(r.gated for r in (*old.results, *new.results))
+    verdict = _verdict(pairing, changes, checks, gates=gates)
     fails = (verdict == "regression" and fail_on != "never") or (gated and fail_on == "change")
     code = 1 if fails else {"incomplete": 3, "nothing-in-common": 5}.get(verdict, 0)
     return Comparison.model_validate(
@@ -218,15 +238,20 @@ def compare(
             "unchanged": len(pairing.results) - len(changes),
             "counts": {kind: counts[kind] for kind in KINDS},
             "changes": changes,
+            "checks": checks,
             "verdict": verdict,
             "exit_code": code,
         }
     )
 
 
-def _verdict(pairing: _Pairing, changes: Sequence[Change], *, gates: bool) -> str:
+def _verdict(
+    pairing: _Pairing, changes: Sequence[Change], checks: Sequence[CheckChange], *, gates: bool
+) -> str:
     """gates: whether a backend of either report is gated; then specimens alone are nothing in common."""
     if any(change.regression and change.gated for change in changes):
+        return "regression"
+    if any(check.regression for check in checks):
         return "regression"
     if pairing.errors:
         return "incomplete"
@@ -235,7 +260,7 @@ def _verdict(pairing: _Pairing, changes: Sequence[Change], *, gates: bool) -> st
         for old, new in pairing.results
     ):
         return "nothing-in-common"
-    return "changed" if changes else "same"
+    return "changed" if changes or checks else "same"
 
 
 # --- pairs -----------------------------------------------------------------------------------------
@@ -557,6 +582,46 @@ def _severity(change: Change) -> tuple[bool, int, float]:
 
 def _quantity_severity(quantity: QuantityChange) -> tuple[int, bool, float]:
     return KINDS.index(quantity.kind), quantity.name != "y", -_size(quantity.new.bound_ratio)
+
+
+# --- checks and controls ---------------------------------------------------------------------------
+
+
+def _check_changes(old: Report, new: Report, pairing: _Pairing) -> Iterator[CheckChange]:
+    """Checks of consistency that were made in both reports, of the same input, with another outcome."""
+    before = {(c.case, c.backend, c.check): c for c in old.consistency}
+    cases = {after.id: before.id for before, after in pairing.cases}
+    differing = {error.case for error in pairing.errors}
+    backends = {after.backend: before.backend for before, after in pairing.slots}
+    for now in new.consistency:
+        if now.case not in cases or now.case in differing or now.backend not in backends:
+            continue
+        then = before.get((cases[now.case], backends[now.backend], now.check))
+        if then is None or None in (then.ok, now.ok) or then.ok == now.ok:
+            continue
+        reason = now.reason if then.ok else then.reason
+        yield CheckChange(
+            case=now.case,
+            backend=now.backend,
+            check=now.check,
+            regression=bool(then.ok),
+            reason=reason,
+        )
+
+
+def _control_changes(old: Report, new: Report) -> Iterator[CheckChange]:
+    before = {(c.scenario, c.backend, c.expected): c for c in old.controls}
+    for now in new.controls:
+        then = before.get((now.scenario, now.backend, now.expected))
+        if then is None or then.ok == now.ok:
+            continue
+        yield CheckChange(
+            case=now.scenario,
+            backend=now.backend,
+            check=f"must {now.expected}",
+            regression=then.ok,
+            reason=(now if then.ok else then).observed,
+        )
 
 
 # --- caveats ---------------------------------------------------------------------------------------

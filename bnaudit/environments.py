@@ -2,28 +2,26 @@
 
 A specification is a Python interpreter, the folder of a virtual environment, `cmd:COMMAND` (anything that
 starts a Python with the worker's arguments behind it: a container, numactl), or requirements separated by
-blanks, led by a Python or not: `python3.8 mxnet==1.9.1 numpy==1.23.5`. What is built stays in a cache, by
-the request, and is used again.
+blanks, led by a Python or not: `python3.8 mxnet==1.9.1 numpy==1.23.5` (see `bnaudit.building`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from bnaudit import building
+from bnaudit.building import BuildError, Request, Watch
 from bnaudit.inputs import Inputs
 from bnaudit.scenario import Case
 from bnaudit.subject import Reply, Subject, SubjectError
+from bnaudit.worker.backends import BACKENDS, Backend
 
 CURRENT = "current"
 """The name of the interpreter that the auditor itself runs in."""
@@ -31,15 +29,9 @@ CURRENT = "current"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 PYTHON = re.compile(r"(.*/)?python(\d+(\.\d+)?)?")
 
-REQUEST = "bnaudit-request.json"
-"""Written into a built environment when it is complete."""
-
-LAST_LINES = 8
-"""Lines of an installer's output that a failure shows."""
-
 
 class EnvironmentSpecError(Exception):
-    """An environment that cannot be had; the message says why, in a sentence or an installer's last lines."""
+    """A specification of an environment that cannot be; the message says why in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +40,6 @@ class Environment:
 
     name: str
     command: tuple[str, ...]
-
-
-def cache_folder() -> Path:
-    """Where built environments are kept."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "bnaudit" / "environments"
 
 
 def parse(given: str) -> tuple[str, str]:
@@ -81,27 +67,101 @@ def parse_all(given: Sequence[str]) -> list[tuple[str, str]]:
     return parsed
 
 
-def resolve(name: str, spec: str, say: Callable[[str], None]) -> Environment:
-    """The environment of a specification, built where it has to be; `say` is told what takes long.
+def resolve(name: str, spec: str, watch: Watch) -> Environment:
+    """The environment of a specification, built where it has to be, under the eyes of `watch`.
+
+    Raises EnvironmentSpecError, and BuildError where an installer fails.
+    """
+    found = read(name, spec)
+    if isinstance(found, Environment):
+        return found
+    # -E: what is on the auditor's PYTHONPATH must not stand in for what was built.
+    return Environment(name, (str(building.ensure(name, found, watch)), "-E"))
+
+
+def read(name: str, spec: str) -> Environment | Request:
+    """The environment of a specification, or the request for one that is built from requirements.
 
     Raises EnvironmentSpecError.
     """
+    if spec == CURRENT:
+        return Environment(name, (sys.executable,))
     if spec.startswith("cmd:"):
-        return Environment(name, tuple(shlex.split(spec.removeprefix("cmd:"))))
+        return Environment(name, _command(name, spec))
     path = Path(spec).expanduser()
-    if path.is_dir():
-        python = path / "bin" / "python"
-        if not python.exists():
-            raise EnvironmentSpecError(
-                f"{name}: {spec} is no virtual environment: it has no bin/python"
-            )
+    python = path / "bin" / "python"
+    if python.exists():
         return Environment(name, (str(python.absolute()),))
+    if path.is_dir() and ("/" in spec or not building.name_of(spec)):
+        raise EnvironmentSpecError(
+            f"{name}: {spec} is no virtual environment: it has no bin/python"
+        )
     first, *rest = spec.split()
-    if not rest and (path.is_file() or PYTHON.fullmatch(first)):
-        return Environment(name, (_interpreter(name, first),))
-    if "/" in first and not PYTHON.fullmatch(first):
+    if "/" in first and not (PYTHON.fullmatch(first) or first.endswith(".whl") or path.exists()):
         raise EnvironmentSpecError(f"{name}: there is no file or folder {first}")
-    return Environment(name, (str(_built(name, spec, say)),))
+    if not rest and not spec.endswith(".whl") and ("/" in spec or PYTHON.fullmatch(first)):
+        return Environment(name, (_interpreter(name, spec),))
+    if not PYTHON.fullmatch(first):
+        first, rest = sys.executable, [first, *rest]
+    for requirement in rest:
+        if requirement.endswith(".whl") and not Path(requirement).expanduser().is_file():
+            raise EnvironmentSpecError(f"{name}: there is no file {requirement}")
+    try:
+        return Request.of(first, rest)
+    except BuildError as error:
+        raise EnvironmentSpecError(f"{name}: {error}") from error
+
+
+def frameworks(name: str, spec: str, table: Mapping[str, Backend]) -> list[str]:
+    """The real frameworks of the packages that a specification installs; none where it installs nothing.
+
+    Raises EnvironmentSpecError.
+    """
+    if isinstance(read(name, spec), Environment):
+        return []
+    libraries = {library for token in spec.split() for library in building.known(token).libraries}
+    return [backend for backend, b in table.items() if b.kind == "real" and b.library in libraries]
+
+
+@dataclass(frozen=True)
+class Described:
+    """An environment as a list shows it.
+
+    spec: what it was given as, or is to be built from. python: path and version of the interpreter;
+    packages: versions of those that matter; reasons: why each real framework cannot run there, or None;
+    all three are None where it is not built yet.
+    problem: why it cannot be used at all.
+    """
+
+    name: str
+    spec: str
+    python: str | None = None
+    packages: Mapping[str, str] | None = None
+    reasons: Mapping[str, str | None] | None = None
+    problem: str | None = None
+
+
+def describe(name: str, spec: str, place: Environment, scratch: Path) -> Described:
+    """What is in an environment."""
+    names = [backend for backend, known in BACKENDS.items() if known.kind == "real"]
+    with Subject(name=name, command=place.command, scratch=scratch) as subject:
+        try:
+            found = subject.environment()
+        except SubjectError as error:
+            return Described(name, spec, problem=str(error))
+        packages = {key: value for key, value in found["packages"].items() if value}
+        python = f"{found['executable']} ({found['python']})"
+        return Described(name, spec, python, packages, subject.describe(names))
+
+
+def _command(name: str, spec: str) -> tuple[str, ...]:
+    try:
+        command = tuple(shlex.split(spec.removeprefix("cmd:")))
+    except ValueError as error:
+        raise EnvironmentSpecError(f"{name}: {spec} is no command: {error}") from error
+    if not command:
+        raise EnvironmentSpecError(f"{name}: cmd: is followed by a command that starts a Python")
+    return command
 
 
 def _interpreter(name: str, given: str) -> str:
@@ -109,67 +169,6 @@ def _interpreter(name: str, given: str) -> str:
     if found is None:
         raise EnvironmentSpecError(f"{name}: there is no interpreter {given}")
     return str(Path(found).absolute())
-
-
-def _built(name: str, spec: str, say: Callable[[str], None]) -> Path:
-    """The interpreter of a virtual environment with these requirements, from the cache or made now."""
-    first, *rest = spec.split()
-    python, requirements = (
-        (first, rest) if PYTHON.fullmatch(first) else (sys.executable, [first, *rest])
-    )
-    base = _interpreter(name, python)
-    if not any(re.match(r"numpy\b", requirement) for requirement in requirements):
-        requirements = [*requirements, "numpy"]  # which the worker itself needs
-    request = {"python": base, "requirements": requirements}
-    digest = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
-    folder = cache_folder() / digest
-    if not (folder / REQUEST).is_file():
-        say(f"building {name}: {spec}")
-        shutil.rmtree(folder, ignore_errors=True)
-        uv = shutil.which("uv")
-        target = str(folder / "bin" / "python")
-        if uv is None:
-            commands = [[base, "-m", "venv", str(folder)], [target, "-m", "pip", "install"]]
-        else:
-            commands = [
-                [uv, "venv", "--python", base, str(folder)],
-                [uv, "pip", "install", "--python", target],
-            ]
-        commands[1] += requirements
-        for command in commands:
-            _install(name, command, folder)
-        (folder / REQUEST).write_text(json.dumps(request))
-    return folder / "bin" / "python"
-
-
-def _install(name: str, command: Sequence[str], folder: Path) -> None:
-    done = (
-        subprocess.run(  # the installer's own settings apply: index, find-links, proxy, constraints
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    )
-    if done.returncode != 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        last = "\n".join(done.stdout.rstrip().splitlines()[-LAST_LINES:])
-        raise EnvironmentSpecError(f"{name} cannot be built: {shlex.join(command)} failed:\n{last}")
-
-
-def built() -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """Folders of the environments in the cache, with their requests."""
-    for path in sorted(cache_folder().glob(f"*/{REQUEST}")):
-        yield path.parent, json.loads(path.read_text())
-
-
-def prune() -> list[Path]:
-    """Removes all built environments, also half-built ones, and returns their folders."""
-    folders = sorted(path for path in cache_folder().glob("*") if path.is_dir())
-    for folder in folders:
-        shutil.rmtree(folder)
-    return folders
 
 
 def split(backend: str, environments: Sequence[str]) -> tuple[str, str]:

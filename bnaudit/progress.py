@@ -1,17 +1,18 @@
-"""Shows on stderr how far a run is: a bar on a terminal, elsewhere a line now and then."""
+"""Shows on stderr how far a run or a build is: live on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
+from rich.text import Text
 
 INTERVAL = 10.0
 """Seconds between two lines where no bar can be drawn."""
@@ -27,10 +28,9 @@ class CaseProgress:
         self._bar: Progress | None = None
         self._lines = not quiet
         self._line_at = self._start = time.monotonic()
-        if not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        if not quiet and _is_live():
             self._lines = False
-            console = Console(stderr=True)
-            console.width -= len("^C ")  # which the terminal echoes; a full line would break there
+            console = _terminal()
             self._bar = Progress(
                 BarColumn(bar_width=20),
                 MofNCompleteColumn(),
@@ -80,3 +80,49 @@ class CaseProgress:
         yield
         if self._bar is not None:
             self._bar.start()
+
+
+def watch(*, quiet: bool) -> Callable[[str], AbstractContextManager[Callable[[str], None]]]:
+    """What shows a build: its headline, and the installer's line of the moment. Nothing when quiet."""
+
+    @contextmanager
+    def watched(headline: str) -> Iterator[Callable[[str], None]]:
+        start = time.monotonic()
+        if quiet:
+            yield lambda line: None
+        elif _is_live():
+            console = _terminal()
+            with console.status("") as status:
+
+                def update(line: str) -> None:
+                    text = Text(f"{headline} {time.monotonic() - start:.0f} s: {line}")
+                    text.truncate(console.width - 2, overflow="ellipsis")
+                    status.update(text)
+
+                update("")
+                yield update
+        else:
+            print(f"bnaudit: {headline}", file=sys.stderr)
+            line_at = start
+
+            def tell(line: str) -> None:
+                nonlocal line_at
+                if time.monotonic() - line_at >= INTERVAL:
+                    line_at = time.monotonic()
+                    print(f"  {line_at - start:.0f} s: {line}", file=sys.stderr)
+
+            yield tell
+            print(f"  done in {time.monotonic() - start:.0f} s", file=sys.stderr)
+
+    return watched
+
+
+def _is_live() -> bool:
+    """Whether lines on stderr can be drawn over."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _terminal() -> Console:
+    console = Console(stderr=True)
+    console.width -= len("^C ")  # which the terminal echoes; a full line would break there
+    return console

@@ -13,20 +13,23 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from click.testing import CliRunner
 from jsonschema import Draft202012Validator
 from standins import CONSTANT, ENVIRONMENT, OFFSET, facts, result, scenarios, typical
 
-from bnaudit import __version__, audit, environments, subject
+from bnaudit import __version__, audit, building, subject
+from bnaudit.audit import Selected
 from bnaudit.cli import cli, main
-from bnaudit.cli.run import CHECKS
+from bnaudit.cli.common import Failure
+from bnaudit.cli.run import CHECKS, _available
 from bnaudit.consistency import Consistency
 from bnaudit.report import json_schema, load
 from bnaudit.worker.backends import BACKENDS
 
-COMMANDS = ("run", "list", "compare", "probe", "schema", "doctor")
+COMMANDS = ("run", "list", "compare", "upgrade", "probe", "schema", "doctor")
 
 
 class Outcome:
@@ -439,19 +442,23 @@ def test_built_environments_are_listed_and_pruned(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder = tmp_path / "bnaudit" / "environments" / "0123"
-    none = f"none built yet; they would be in {folder.parent}\n"
-    assert invoke("list", "environments").out == none
+    monkeypatch.setattr("bnaudit.cli.catalogue._describe_environments", lambda given, config: [])
+    folder = building.cache_folder() / "0123"
+    none = f"none built yet; they would be in {folder.parent}"
+    assert none in invoke("list", "environments").out.splitlines()
     folder.mkdir(parents=True)
     request = {"python": "/usr/bin/python3.8", "requirements": ["mxnet==1.9.1", "numpy"]}
-    (folder / environments.REQUEST).write_text(json.dumps(request))
-    listed = f"/usr/bin/python3.8 mxnet==1.9.1 numpy\n    {folder}\n"
-    assert invoke("list", "environments").out == listed
-    assert invoke("list", "environments", "--prune").out.endswith(
-        f"removed 1 from {folder.parent}\n"
-    )
-    assert invoke("list", "environments").out == none
-    assert "--prune belongs to" in invoke("list", "backends", "--prune").err
+    (folder / building.REQUEST).write_text(json.dumps(request))
+    (folder / "large").write_bytes(b"x" * 100_000)
+    lines = invoke("list", "environments").out.splitlines()
+    assert "  /usr/bin/python3.8 mxnet==1.9.1 numpy" in lines
+    assert re.search(r"^    \d+ KiB, new, /", "\n".join(lines), re.MULTILINE)
+    removed = invoke("list", "environments", "--prune").out
+    assert removed.startswith("removed 1 environment, ")
+    assert list(folder.parent.iterdir()) == []
+    for option in ("--prune", "-v", "--env=a=b", "--config=c"):
+        outcome = invoke("list", "backends", option)
+        assert (outcome.code, "belongs to list environments" in outcome.err) == (2, True)
 
 
 def test_a_backend_runs_in_another_environment_and_the_report_says_where(
@@ -504,6 +511,44 @@ def test_an_environment_that_does_not_start_costs_its_own_rows_only(
     assert outcome.code == 3
     assert "asked for and unavailable: a:exact@cpu" in outcome.out
     assert "2 of 4 ran: 2 pass; 2 unavailable" in outcome.out
+
+
+def test_environments_of_the_settings_are_part_of_a_run(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(OFFSET)
+    settings = f"environments: {{other: {sys.executable}, unused: no/such/python}}"
+    (tmp_path / "mine.yaml").write_text(settings)
+    options = ("small.yaml", "--config", "mine.yaml", "-b", "other:exact", "-q")
+    outcome = invoke("run", *options)
+    assert (outcome.code, "other: Python 3" in outcome.out) == (0, True)
+    assert invoke("run", *options, "--env", "other=no/such/python").code == 2
+    (tmp_path / "mine.yaml").write_text("environment: {}")
+    outcome = invoke("run", *options)
+    assert outcome.code == 2
+    assert outcome.err.startswith("bnaudit: mine.yaml:1:1: environment: found an unknown field")
+
+
+def test_of_backends_that_nobody_named_an_empty_environment_leaves_one_as_missing() -> None:
+    chosen = [Selected(f"{place}:{name}", gated=True) for place in "ab" for name in ("x", "y")]
+    absent = "y is not installed"
+    reasons = {"a:x": None, "a:y": absent, "b:x": "x cannot be imported: a bug", "b:y": absent}
+    kept = _available(chosen, reasons, ["a", "b"])
+    assert [(b.name, b.required) for b in kept] == [("a:x", False), ("b:x", True)]
+    with pytest.raises(Failure, match="b has no framework that bnaudit knows; b:x: x cannot"):
+        _available(chosen[2:], reasons, ["b"])
+
+
+def test_environments_are_described_with_reasons(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "bnaudit.yaml").write_text(
+        "environments: {later: numpy==0.0, broken: /bin/false, gone: python3.98}"
+    )
+    outcome = invoke("list", "environments", "-v", "--env", f"other={sys.executable}")
+    words = " ".join(outcome.out.split())
+    assert outcome.code == 0
+    assert re.search(r"^later .*not built yet", outcome.out, re.MULTILINE)
+    assert re.search(r"^broken +/bin/false +/bin/false: exited", outcome.out, re.MULTILINE)
+    assert "gone: there is no interpreter python3.98" in words
+    assert re.search(rf"^other .*numpy {np.__version__}", outcome.out, re.MULTILINE)
+    assert "flax@cpu, flax-stable@cpu, flax-nnx@cpu" in words
 
 
 def test_listed_scenarios_have_the_first_sentence_of_their_description(invoke: Invoke) -> None:

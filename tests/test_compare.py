@@ -14,9 +14,10 @@ from rich.console import Console
 from standins import ENVIRONMENT, facts, judged, report, result, scenarios, typical, wrong
 
 from bnaudit import __version__
-from bnaudit.audit import CaseFacts, Result
+from bnaudit.audit import CaseFacts, ControlOutcome, Result
 from bnaudit.cli import main
 from bnaudit.compare import Change, Comparison, ComparisonError, compare, json_schema
+from bnaudit.consistency import Consistency
 from bnaudit.deviation import Worst
 from bnaudit.render.comparison import FEW, comparison, markdown
 from bnaudit.report import Report, Writer
@@ -539,6 +540,55 @@ def test_the_worst_stand_first_and_specimens_last() -> None:
     backwards = compare(worse(), report())
     assert {change.kind for change in backwards.changes} == {"newly passing"}
     assert backwards.exit_code == 0
+
+
+# --- checks and controls ---------------------------------------------------------------------------
+
+
+def checked(ok: bool | None, case: Any = CASE) -> Report:
+    """A report in which the number of threads does not matter, or does."""
+    reason = None if ok else "y differs in 3 elements"
+    return report(facts(case), result(case), Consistency(case, "torch@cpu", "threads", ok, reason))
+
+
+def controlled(ok: bool) -> Report:
+    outcome = ControlOutcome("constant-channel", "exact@cpu", "pass", f"{int(ok)} of 1 passed", ok)
+    return report(facts(CASE), result(CASE), outcome)
+
+
+@pytest.mark.parametrize("made", [checked, controlled])
+def test_a_check_or_a_control_that_no_longer_holds_is_a_regression(made: Any) -> None:
+    held, broken = made(True), made(False)
+    found = compare(held, broken)
+    SCHEMA.validate(json.loads(found.model_dump_json()))
+    ((check,), changes) = (found.checks, found.changes)
+    assert (check.regression, changes, found.verdict, found.exit_code) == (
+        True,
+        [],
+        "regression",
+        1,
+    )
+    text = shown(found, broken)
+    assert "checks that no longer hold 1" in text
+    assert "NEW is worse: a check no longer holds" in text
+    assert f"- {check.backend} {check.check}, {check.case}" in markdown(
+        found, {case.id: case for case in broken.cases}
+    )
+    back = compare(broken, held)
+    assert (back.checks[0].regression, back.verdict, back.exit_code) == (False, "changed", 0)
+    assert "checks that hold now 1" in shown(back, held)
+    assert not compare(broken, broken).checks
+
+
+def test_a_check_that_was_not_made_or_has_other_inputs_is_no_change() -> None:
+    assert not compare(checked(None), checked(False)).checks
+    assert not compare(single(), checked(False)).checks
+    other = report(
+        facts(CASE, input_sha256="cd" * 32),
+        result(CASE),
+        Consistency(CASE, "torch@cpu", "threads", False, "y differs"),
+    )
+    assert not compare(checked(True), other).checks
 
 
 # --- the command -----------------------------------------------------------------------------------

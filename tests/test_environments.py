@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from correct import prepare
 
-from bnaudit import environments, subject
+from bnaudit import building, environments, subject
+from bnaudit.building import BuildError, completed, known
 from bnaudit.environments import EnvironmentSpecError, Subjects, parse, resolve, split
+from bnaudit.progress import watch
 from bnaudit.subject import Subject, scratch_folder
+from bnaudit.worker.backends import BACKENDS
 
 FAKE_PYTHON = """#!/bin/sh
 echo "$@" >> {log}
-if [ "$2" = venv ]; then
+if [ "$1" = -c ]; then
+    echo "$0 3.99.0"
+elif [ "$2" = venv ]; then
     mkdir -p "$3/bin" && cp "$0" "$3/bin/python"
 elif [ "$2" = pip ]; then
-    for last; do :; done
-    case "$*" in *broken*) echo "no matching distribution"; exit 1;; esac
+    case "$*" in
+        *broken*) echo "no matching distribution"; exit 1;;
+        *slow*) echo "downloading"; sleep 60;;
+    esac
 fi
 """
 
@@ -38,8 +51,20 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "log"
 
 
-def silent(text: str) -> None:
-    raise AssertionError(f"said {text!r}")
+def installs(log: Path) -> list[str]:
+    """What the stand-in was asked for, but for its version."""
+    return [line for line in log.read_text().splitlines() if not line.startswith("-c ")]
+
+
+@contextlib.contextmanager
+def quiet(headline: str) -> Iterator[Callable[[str], None]]:
+    yield lambda line: None
+
+
+@contextlib.contextmanager
+def idle(headline: str) -> Iterator[Callable[[str], None]]:
+    assert not headline, "nothing is to be built"
+    yield lambda line: None
 
 
 # --- specifications --------------------------------------------------------------------------------
@@ -63,14 +88,14 @@ def test_a_specification_may_hold_an_equals_sign() -> None:
 def test_an_interpreter_a_virtual_environment_and_a_command_are_used_as_they_are(
     tmp_path: Path, log: Path
 ) -> None:
-    assert resolve("a", sys.executable, silent).command == (sys.executable,)
-    assert resolve("a", "python3.99", silent).command == (str(tmp_path / "bin" / "python3.99"),)
+    assert resolve("a", sys.executable, idle).command == (sys.executable,)
+    assert resolve("a", "python3.99", idle).command == (str(tmp_path / "bin" / "python3.99"),)
     python = tmp_path / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.touch()
-    assert resolve("a", str(tmp_path / "venv"), silent).command == (str(python),)
+    assert resolve("a", str(tmp_path / "venv"), idle).command == (str(python),)
     command = "cmd:docker run -i 'my image' python"
-    assert resolve("a", command, silent).command == ("docker", "run", "-i", "my image", "python")
+    assert resolve("a", command, idle).command == ("docker", "run", "-i", "my image", "python")
     assert not log.exists()
 
 
@@ -84,7 +109,7 @@ def test_an_interpreter_a_virtual_environment_and_a_command_are_used_as_they_are
 )
 def test_what_is_not_there_is_said_to_be_so(log: Path, spec: str, complaint: str) -> None:
     with pytest.raises(EnvironmentSpecError, match=complaint):
-        resolve("a", spec, silent)
+        resolve("a", spec, idle)
 
 
 # --- built from requirements -----------------------------------------------------------------------
@@ -92,38 +117,174 @@ def test_what_is_not_there_is_said_to_be_so(log: Path, spec: str, complaint: str
 
 def test_requirements_are_built_once_with_numpy_for_the_worker(log: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    first = resolve("old", "python3.99 mxnet==1.9.1", said.append)
-    assert said == ["building old: python3.99 mxnet==1.9.1"]
+
+    @contextlib.contextmanager
+    def noting(headline: str) -> Iterator[Callable[[str], None]]:
+        said.append(headline)
+        yield said.append
+
+    first = resolve("old", "python3.99 mxnet==1.9.1", noting)
+    assert said == ["building old: mxnet==1.9.1 numpy<1.24"]
     folder = Path(first.command[0]).parent.parent
-    assert log.read_text().splitlines() == [
-        f"-m venv {folder}",
-        "-m pip install mxnet==1.9.1 numpy",
+    assert installs(log) == [f"-m venv {folder}", "-m pip install mxnet==1.9.1 numpy<1.24"]
+    assert resolve("other", "python3.99 mxnet==1.9.1", idle).command == first.command
+    (entry,) = building.built()
+    assert entry.folder == folder
+    assert entry.requirements == ["mxnet==1.9.1", "numpy<1.24"]
+    assert entry.size > 0
+    resolve("old", "python3.99 mxnet==1.9.1 numpy==1.23.5", noting)
+    assert installs(log)[-1] == "-m pip install mxnet==1.9.1 numpy==1.23.5"
+    assert len(building.prune()) == 2
+    assert list(building.cache_folder().iterdir()) == []
+
+
+def test_what_a_package_needs_for_its_own_build_is_there_first(log: Path) -> None:
+    resolve("old", "python3.99 chainer==7.8.1", quiet)
+    assert installs(log)[1:] == [
+        "-m pip install setuptools<74 wheel",
+        "-m pip install --no-build-isolation chainer==7.8.1 numpy<2",
     ]
-    assert resolve("other", "python3.99 mxnet==1.9.1", silent).command == first.command
-    ((place, request),) = environments.built()
-    assert place == folder
-    assert request["requirements"] == ["mxnet==1.9.1", "numpy"]
-    resolve("old", "python3.99 mxnet==1.9.1 numpy==1.23.5", said.append)
-    assert log.read_text().splitlines()[-1] == "-m pip install mxnet==1.9.1 numpy==1.23.5"
-    assert len(environments.prune()) == 2
-    assert list(environments.built()) == []
+
+
+def test_a_build_does_not_see_the_auditors_path(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/auditors")
+    monkeypatch.setenv("PIP_CONSTRAINT", "mine.txt")
+    seen = building._environment()
+    assert "PYTHONPATH" not in seen
+    assert (seen["PIP_CONSTRAINT"], seen["UV_CONSTRAINT"]) == ("mine.txt", "mine.txt")
+    assert resolve("old", "python3.99 a", quiet).command[1:] == ("-E",)
 
 
 def test_an_installer_that_fails_is_quoted_and_leaves_nothing_behind(log: Path) -> None:
-    with pytest.raises(EnvironmentSpecError, match="no matching distribution") as caught:
-        resolve("old", "python3.99 broken==1", lambda text: None)
-    assert str(caught.value).startswith("old cannot be built: ")
-    assert not list(environments.cache_folder().glob("*"))
+    with pytest.raises(BuildError, match=r"^old cannot be built: ") as caught:
+        resolve("old", "python3.99 broken==1", quiet)
+    assert caught.value.output == "no matching distribution"
+    assert not list(building.cache_folder().glob("*/"))
+
+
+def test_an_interpreter_that_does_not_run_is_said_to_be_so(log: Path) -> None:
+    (log.parent / "bin" / "python3.97").write_text(
+        "#!/bin/sh\necho no such version >&2; exit 127\n"
+    )
+    (log.parent / "bin" / "python3.97").chmod(0o755)
+    with pytest.raises(EnvironmentSpecError, match=r"a: python3.97 does not run: no such version"):
+        resolve("a", "python3.97 torch", idle)
 
 
 def test_what_was_interrupted_is_built_again(log: Path) -> None:
-    folder = Path(resolve("old", "python3.99 a", lambda text: None).command[0]).parent.parent
-    request = folder / environments.REQUEST
+    folder = Path(resolve("old", "python3.99 a", quiet).command[0]).parent.parent
+    request = folder / building.REQUEST
     assert json.loads(request.read_text())["requirements"] == ["a", "numpy"]
     request.unlink()
-    said: list[str] = []
-    resolve("old", "python3.99 a", said.append)
-    assert said
+    before = len(installs(log))
+    resolve("old", "python3.99 a", quiet)
+    assert len(installs(log)) == before + 2
+
+
+def test_an_interrupted_build_leaves_neither_files_nor_processes(log: Path) -> None:
+    children: list[int] = []
+
+    @contextlib.contextmanager
+    def interrupting(headline: str) -> Iterator[Callable[[str], None]]:
+        def interrupt(line: str) -> None:
+            assert line == "downloading"
+            done = subprocess.run(
+                ["pgrep", "-P", str(os.getpid())], capture_output=True, text=True, check=True
+            )
+            children.extend(map(int, done.stdout.split()))
+            raise KeyboardInterrupt
+
+        yield interrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        resolve("old", "python3.99 slow", interrupting)
+    assert children
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+    assert not list(building.cache_folder().glob("*/"))
+
+
+def test_a_second_build_of_the_same_waits_for_the_first_and_uses_it(log: Path) -> None:
+    request = building.Request.of("python3.99", ["a"])
+    lock = request.folder.with_suffix(".lock")
+    lock.parent.mkdir(parents=True)
+    told = threading.Event()
+
+    @contextlib.contextmanager
+    def listening(headline: str) -> Iterator[Callable[[str], None]]:
+        yield lambda line: told.set() if "waiting" in line else None
+
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert building.prune() == []
+        done: list[Path] = []
+        thread = threading.Thread(
+            target=lambda: done.append(building.ensure("b", request, listening))
+        )
+        thread.start()
+        assert told.wait(10)
+        assert not done
+        request.interpreter.parent.mkdir(parents=True)
+        request.interpreter.touch()
+        (request.folder / building.REQUEST).write_text("{}")
+        lock.unlink()
+    thread.join(10)
+    assert done == [request.interpreter]
+    assert installs(log) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["onnxruntime==1.20.1"], ["onnx", "numpy"]),
+        (["onnxruntime-gpu==1.20.1"], ["onnx", "numpy"]),
+        (["onnxruntime-extensions"], ["numpy"]),
+        (["onnxruntime[x]>=1.20", "onnx==1.16", "numpy==1.26"], []),
+        (["OnnxRuntime~=1.20", "ONNX"], ["numpy"]),
+        (["tensorflow==1.15.5"], ["numpy<1.19", "protobuf<3.21"]),
+        (["tensorflow==2.21"], ["numpy"]),
+        (["torch==2.2.1"], ["numpy<2"]),
+        (["torch==2.20.1"], ["numpy"]),
+        (["torch<3", "--index-url", "https://x/cpu"], ["numpy"]),
+        (["numpy-financial"], ["numpy"]),
+        (["dist/onnxruntime-1.33-cp311-cp311-linux_x86_64.whl"], ["onnx", "numpy"]),
+    ],
+)
+def test_what_an_adapter_needs_besides_is_added_unless_given(
+    given: list[str], wanted: list[str]
+) -> None:
+    assert completed(given) == [*given, *wanted]
+
+
+def test_every_library_of_the_table_exists_and_every_framework_has_a_package() -> None:
+    libraries = {backend.library for backend in BACKENDS.values() if backend.kind == "real"}
+    named = {library for package in building.PACKAGES for library in package.libraries}
+    assert named <= libraries
+    assert known("flax==0.12.8").libraries == ("flax",)
+
+
+def test_a_specification_tells_which_frameworks_it_is_about() -> None:
+    def of(spec: str) -> list[str]:
+        return environments.frameworks("a", spec, BACKENDS)
+
+    assert of("onnxruntime==1.20.1 numpy<2") == ["onnxruntime@cpu"]
+    assert of("flax==0.12.8") == ["flax@cpu", "flax-stable@cpu", "flax-nnx@cpu"]
+    assert of(sys.executable) == of("cmd:docker run torch python") == of("current") == []
+
+
+# --- progress --------------------------------------------------------------------------------------
+
+
+def test_a_build_is_told_in_lines_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with watch(quiet=False)("building old: a") as show:
+        show("Collecting a")
+    with watch(quiet=True)("building old: a") as show:
+        show("Collecting a")
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "bnaudit: building old: a\n  done in 0 s\n")
 
 
 # --- which subject runs what -----------------------------------------------------------------------

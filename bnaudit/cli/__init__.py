@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from bnaudit import __version__
-from bnaudit.cli import catalogue, compare, probe, run
+from bnaudit.cli import catalogue, compare, probe, run, upgrade
 from bnaudit.cli.common import INTERRUPTED, USAGE, Failure
 
 
@@ -68,6 +68,7 @@ def cli() -> None:
 for command in (
     run.run,
     compare.compare,
+    upgrade.upgrade,
     probe.probe,
     catalogue.list_,
     catalogue.schema,

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
-from bnaudit.cli.common import PATHS, UNTRUSTED, explained, interruptible, show
+from bnaudit.cli.common import CONFIG, PATHS, UNTRUSTED, explained, interruptible, show
+
+if TYPE_CHECKING:
+    from bnaudit.environments import Described
 
 
 @click.command("list")
@@ -17,24 +22,47 @@ from bnaudit.cli.common import PATHS, UNTRUSTED, explained, interruptible, show
     metavar="[WHAT]",
 )
 @PATHS
-@click.option("--prune", is_flag=True, help="Remove the environments that were built (--env).")
-def list_(what: str, paths: tuple[str, ...], prune: bool) -> None:
-    """Lists backends (the default), scenarios, cases or built environments.
+@click.option(
+    "--env",
+    "specifications",
+    multiple=True,
+    metavar="NAME=SPEC",
+    help="Of environments: one more, as in bnaudit run; built if it has to be. Repeatable.",
+)
+@CONFIG
+@click.option("--prune", is_flag=True, help="Remove the environments that were built.")
+@click.option("-v", "--verbose", is_flag=True, help="Of environments: why others cannot run.")
+def list_(
+    what: str,
+    paths: tuple[str, ...],
+    specifications: tuple[str, ...],
+    config: str | None,
+    prune: bool,
+    verbose: bool,
+) -> None:
+    """Lists backends (the default), scenarios, cases or environments.
 
-    PATH limits scenarios and cases, as in bnaudit run.
+    PATH limits scenarios and cases, as in bnaudit run. Of environments: interpreter, packages, the real
+    frameworks that each can run, and what is in the cache.
     """
     with explained(), interruptible():
         if paths and what in ("backends", "environments"):
             raise click.UsageError(f"list {what} takes no PATH", click.get_current_context())
-        if prune and what != "environments":
-            raise click.UsageError(
-                "--prune belongs to list environments", click.get_current_context()
-            )
+        for option, is_given in (
+            ("--prune", prune),
+            ("--env", specifications),
+            ("--config", config),
+            ("-v", verbose),
+        ):
+            if is_given and what != "environments":
+                raise click.UsageError(
+                    f"{option} belongs to list environments", click.get_current_context()
+                )
         if what == "backends":
             _list_backends()
             return
         if what == "environments":
-            _list_environments(prune)
+            _list_environments(specifications, config, prune=prune, verbose=verbose)
             return
         from bnaudit.render.console import scenario_list
         from bnaudit.scenario import load
@@ -62,15 +90,52 @@ def _list_backends() -> None:
     show(backend_list(entries))
 
 
-def _list_environments(prune: bool) -> None:
-    from bnaudit import environments
+def _list_environments(
+    given: Sequence[str], config: str | None, *, prune: bool, verbose: bool
+) -> None:
+    from bnaudit import building
+    from bnaudit.render import environments as rendering
 
-    for folder, request in environments.built():
-        click.echo(f"{request['python']} {' '.join(request['requirements'])}\n    {folder}")
     if prune:
-        click.echo(f"removed {len(environments.prune())} from {environments.cache_folder()}")
-    elif not any(environments.built()):
-        click.echo(f"none built yet; they would be in {environments.cache_folder()}")
+        size = sum(environment.size for environment in building.built())
+        count = len(building.prune())
+        click.echo(
+            f"removed {rendering.count(count, 'environment')}, {rendering.bytes_of(size)}, "
+            f"from {building.cache_folder()}"
+        )
+        return
+    entries = _describe_environments(given, config)
+    show(rendering.environments(entries, verbose=verbose))
+    click.echo()
+    for line in rendering.cache(list(building.built()), building.cache_folder()):
+        click.echo(line)
+
+
+def _describe_environments(given: Sequence[str], config: str | None) -> list[Described]:
+    """This interpreter, those given, which are built where they have to be, and those of the settings."""
+    from bnaudit import config as settings
+    from bnaudit import environments
+    from bnaudit.building import Request
+    from bnaudit.progress import watch
+    from bnaudit.subject import scratch_folder
+
+    specifications = settings.load(config).with_given(given)
+    asked = dict(environments.parse_all(given))
+    entries = []
+    with scratch_folder() as scratch:
+        for name, spec in {environments.CURRENT: environments.CURRENT, **specifications}.items():
+            try:
+                found = environments.read(name, spec)
+            except environments.EnvironmentSpecError as error:
+                entries.append(environments.Described(name, spec, problem=str(error)))
+                continue
+            if isinstance(found, Request) and not found.is_built() and name not in asked:
+                wanted = " ".join([found.python, *found.requirements])
+                entries.append(environments.Described(name, wanted))
+                continue
+            place = environments.resolve(name, spec, watch(quiet=False))
+            entries.append(environments.describe(name, spec, place, scratch))
+    return entries
 
 
 @click.command()

@@ -6,11 +6,12 @@ Only click is imported at once, so that `bnaudit --help` is immediate.
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -20,7 +21,16 @@ if TYPE_CHECKING:
 USAGE, INCOMPLETE, UNTRUSTED, INTERRUPTED = 2, 3, 4, 130
 """Exit codes; the audit itself decides on the others."""
 
+CONFIG = click.option(
+    "--config",
+    metavar="FILE",
+    help="Settings in YAML or TOML. Default: bnaudit.yaml, or [tool.bnaudit] in pyproject.toml.",
+)
+
 PATHS = click.argument("paths", nargs=-1, metavar="[PATH]...")
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Failure(click.ClickException):
@@ -40,6 +50,8 @@ def explained(verbose: bool = False) -> Iterator[None]:
     except (click.ClickException, BrokenPipeError):
         raise
     except Exception as error:
+        from bnaudit.building import BuildError
+        from bnaudit.config import ConfigError
         from bnaudit.environments import EnvironmentSpecError
         from bnaudit.reference import EnvironmentFaultError
         from bnaudit.report import ReportError
@@ -47,8 +59,15 @@ def explained(verbose: bool = False) -> Iterator[None]:
         from bnaudit.selection import SelectionError
         from bnaudit.subject import SubjectError
 
-        if isinstance(error, EnvironmentSpecError | ReportError | ScenarioError | SelectionError):
+        if isinstance(
+            error,
+            ConfigError | EnvironmentSpecError | ReportError | ScenarioError | SelectionError,
+        ):
             raise Failure(str(error), USAGE) from error
+        if isinstance(error, BuildError):
+            if error.output:
+                click.echo(error.output, err=True)
+            raise Failure(str(error), INCOMPLETE) from error
         if isinstance(error, SubjectError):
             raise Failure(str(error), INCOMPLETE) from error
         if isinstance(error, EnvironmentFaultError):
@@ -83,6 +102,33 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, previous[number])
 
 
+def _finite(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number of seconds", context, parameter)
+    return value
+
+
+def limits(command: Command) -> Command:
+    """The options that say how backends run."""
+    threads = click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        default=2,
+        show_default=True,
+        help="Threads of the backends: results depend on them.",
+    )
+    timeout = click.option(
+        "--timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        callback=_finite,
+        default=60.0,
+        show_default=True,
+        help="Seconds a backend has for a case; five times as many to be imported (30 at least) and for its "
+        "first, which may compile.",
+    )
+    return threads(timeout(command))
+
+
 def console(*, stderr: bool = False) -> Console:
     """Where renderables are printed: plain text but for the styles they name."""
     from rich.console import Console
@@ -97,11 +143,6 @@ def console(*, stderr: bool = False) -> Console:
 def show(renderable: RenderableType) -> None:
     """Prints on stdout."""
     console().print(renderable)
-
-
-def announce(text: str) -> None:
-    """Says on stderr what is going on."""
-    click.echo(f"bnaudit: {text}", err=True)
 
 
 def save(destination: str | None, text: str) -> None:

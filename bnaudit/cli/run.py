@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from bnaudit.cli.common import (
+    CONFIG,
     INCOMPLETE,
     PATHS,
     Failure,
-    announce,
     console,
     explained,
     interruptible,
+    limits,
 )
 
 if TYPE_CHECKING:
@@ -34,12 +34,6 @@ if TYPE_CHECKING:
 
 CHECKS = ("repeat", "threads", "channels", "batch-order", "inference", "backends")
 """Those of bnaudit.consistency, which loads too much for --help."""
-
-
-def _finite(context: click.Context, parameter: click.Parameter, value: float) -> float:
-    if not math.isfinite(value):
-        raise click.BadParameter(f"{value} is no number of seconds", context, parameter)
-    return value
 
 
 @click.command(
@@ -64,6 +58,7 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     "an interpreter, a virtual environment's folder, cmd:COMMAND, or requirements such as "
     "'python3.10 torch==2.4.0', which are installed into a cache; repeatable.",
 )
+@CONFIG
 @click.option(
     "-k",
     "expression",
@@ -77,22 +72,7 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     metavar="BACKEND",
     help="Exit 3 if this backend is unavailable; repeatable.",
 )
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    default=2,
-    show_default=True,
-    help="Threads of the backends: results depend on them.",
-)
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    callback=_finite,
-    default=60.0,
-    show_default=True,
-    help="Seconds a backend has for a case; five times as many to be imported (30 at least) and for its "
-    "first, which may compile.",
-)
+@limits
 @click.option("-x", "stop_early", is_flag=True, help="Stop at the first gated failure.")
 @click.option(
     "--consistency",
@@ -133,6 +113,7 @@ def run(
     paths: tuple[str, ...],
     backends: tuple[str, ...],
     specifications: tuple[str, ...],
+    config: str | None,
     expression: str | None,
     required: tuple[str, ...],
     threads: int,
@@ -156,14 +137,15 @@ def run(
     if resume and target in (None, "-"):
         raise click.UsageError("--resume takes --json FILE", click.get_current_context())
     with explained(verbose), interruptible():
-        from bnaudit import environments
+        from bnaudit import config as settings
         from bnaudit.scenario import load
 
+        places = settings.load(config).with_given(specifications)
         scenarios = load(paths)
         path = Path(target) if target not in (None, "-") else None
         audit = Audit(
             scenarios=scenarios,
-            specifications=environments.parse_all(specifications),
+            specifications=places,
             backends=backends,
             required=required,
             expression=expression,
@@ -196,13 +178,13 @@ def run(
 class Audit:
     """What is to be audited, where and how: scenarios × backends × environments.
 
-    specifications: NAME and SPEC of other environments. backends, required, expression: as given with -b,
-    --require and -k.
+    specifications: of other environments, by name; those without a selected backend are not even built.
+    backends, required, expression: as given with -b, --require and -k.
     checks: those of consistency that are made; must_check: those that were asked for one by one.
     """
 
     scenarios: Sequence[Scenario]
-    specifications: Sequence[tuple[str, str]]
+    specifications: Mapping[str, str]
     backends: Sequence[str]
     path: Path | None
     threads: int
@@ -224,15 +206,20 @@ class Audit:
         """
         find_cache()
         from bnaudit import audit, environments, selection
-        from bnaudit.progress import CaseProgress
+        from bnaudit.progress import CaseProgress, watch
         from bnaudit.report import Writer
         from bnaudit.subject import scratch_folder
         from bnaudit.worker.backends import BACKENDS
 
-        names = [name for name, _ in self.specifications]
+        names = list(self.specifications)
         selected = selection.select(self.backends, self.required, BACKENDS, names)
         matches = _anything if self.expression is None else selection.matcher(self.expression)
-        places = [environments.resolve(*given, announce) for given in self.specifications]
+        used = {environments.split(backend.name, names)[0] for backend in selected}
+        places = [
+            environments.resolve(name, spec, watch(quiet=quiet))
+            for name, spec in self.specifications.items()
+            if name in used
+        ]
         with scratch_folder() as scratch, contextlib.ExitStack() as stack:
             subject = self._start(self.threads, places, scratch, stack)
             other = self._start(1 if self.threads > 1 else 2, places, scratch, stack)
@@ -318,15 +305,25 @@ class Audit:
 def _available(
     selected: Sequence[Selected], reasons: Mapping[str, str | None], environments: Sequence[str]
 ) -> list[Selected]:
-    """Of backends that nobody named, those that other environments have; each must have one."""
+    """Of backends that nobody named, those that other environments have.
+
+    Of an environment that has none, the one that comes nearest, as required: so that the audit goes on
+    without it, but is not complete.
+    """
+    kept = [backend for backend in selected if backend.required or reasons[backend.name] is None]
     for name in environments:
-        own = {b.name: reasons[b.name] for b in selected if b.name.startswith(f"{name}:")}
-        if None not in own.values():
-            first, reason = next(iter(own.items()))
-            raise Failure(
-                f"{name} has no framework that bnaudit knows; {first}: {reason}", INCOMPLETE
-            )
-    return [backend for backend in selected if backend.required or reasons[backend.name] is None]
+        own = [b for b in selected if b.name.startswith(f"{name}:")]
+        if not any(backend in kept for backend in own):
+            # One that is there but broken tells more than one that is not.
+            nearest = min(own, key=lambda b: "not installed" in (reasons[b.name] or ""))
+            kept.append(replace(nearest, required=True))
+    if all(reasons[backend.name] is not None for backend in kept):
+        first = kept[0].name
+        name = first.partition(":")[0]
+        raise Failure(
+            f"{name} has no framework that bnaudit knows; {first}: {reasons[first]}", INCOMPLETE
+        )
+    return kept
 
 
 def _anything(case: str, backend: str) -> bool:

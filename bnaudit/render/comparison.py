@@ -27,6 +27,8 @@ WIDTHS = (12, 24, 18)
 MANY_ULPS = 1e9
 """More units in the last place than this say nothing: the right value is next to 0."""
 
+NO_LONGER = "checks that no longer hold"
+
 STYLES = {
     "newly failing": "bold red",
     "regressed": "red",
@@ -71,6 +73,10 @@ def comparison(found: Comparison, cases: Mapping[str, CaseRecord]) -> Iterator[R
                 yield Hanging("    ", Text(details, "dim"))
         if len(shown) < len(changes):
             yield f" and {len(changes) - len(shown)} more (--json has them)"
+    for heading, lines in _checks(found):
+        yield ""
+        yield Text(f"{heading} {len(lines)}", "red" if heading == NO_LONGER else "green")
+        yield from (Hanging("  ", line) for line in lines)
     yield ""
     yield Hanging("", _counts(found))
     style = "bold red" if found.exit_code else "bold green"
@@ -104,6 +110,9 @@ def markdown(found: Comparison, cases: Mapping[str, CaseRecord]) -> str:
             lines.append(f"| {' | '.join(map(_escape, cells))} |")
         if len(shown) < len(changes):
             lines += ["", f"and {len(changes) - len(shown)} more"]
+    for heading, texts in _checks(found):
+        lines += ["", f"### {heading[0].upper()}{heading[1:]}: {len(texts)}", ""]
+        lines += [f"- {_escape(text)}" for text in texts]
     return "\n".join(lines) + "\n"
 
 
@@ -122,6 +131,19 @@ def _by_kind(found: Comparison) -> Iterator[tuple[Kind, list[Change]]]:
         changes = [change for change in found.changes if change.kind == kind]
         if changes:
             yield kind, changes
+
+
+def _checks(found: Comparison) -> Iterator[tuple[str, list[str]]]:
+    """Checks and controls, by whether they hold in OLD or in NEW."""
+    for heading, regression in ((NO_LONGER, True), ("checks that hold now", False)):
+        lines = [
+            f"{check.backend} {check.check}, {check.case}"
+            + (f": {check.reason}" if check.reason else "")
+            for check in found.checks
+            if check.regression == regression
+        ]
+        if lines:
+            yield heading, lines
 
 
 def _alike(changes: Sequence[Change]) -> list[list[Change]]:
@@ -257,6 +279,8 @@ def _verdict(found: Comparison) -> str:
     if gated:
         backends = dict.fromkeys(c.backend for c in regressions if c.gated)
         text += f" in {gated} result{'s' * (gated > 1)} of {', '.join(backends)}"
+    elif found.verdict == "regression":
+        text += ": a check no longer holds"
     elif regressions:
         text += f" but of {len(regressions)} specimens' results"
     return text

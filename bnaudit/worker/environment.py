@@ -62,7 +62,7 @@ def describe(library: str) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "executable": sys.executable,
-        "pythonpath": os.environ.get("PYTHONPATH"),
+        "pythonpath": None if sys.flags.ignore_environment else os.environ.get("PYTHONPATH"),
         "platform": platform.platform(),
         "cpu": {"model": _cpu_model(), "isa": _isa()},
         "blas": _blas(),

@@ -29,7 +29,7 @@ def unavailable(name: str) -> str | None:
             return "chainer cannot be imported: %s" % error
         return (
             "chainer is not installed in this environment "
-            "(pip install 'setuptools<80' wheel 'numpy<2', then "
+            "(pip install 'setuptools<74' wheel 'numpy<2', then "
             "pip install --no-build-isolation chainer==7.8.1)"
         )
     except Exception as error:  # with NumPy 2 an AttributeError

@@ -26,7 +26,7 @@ from bnaudit.consistency import Consistency
 from bnaudit.report import json_schema, load
 from bnaudit.worker.backends import BACKENDS
 
-COMMANDS = ("run", "list", "compare", "probe", "schema", "doctor")
+COMMANDS = ("run", "list", "show", "check", "compare", "probe", "schema", "doctor")
 
 
 class Outcome:

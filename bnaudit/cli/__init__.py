@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from bnaudit import __version__
-from bnaudit.cli import catalogue, compare, probe, run
+from bnaudit.cli import catalogue, check, compare, probe, run, show
 from bnaudit.cli.common import INTERRUPTED, USAGE, Failure
 
 
@@ -68,6 +68,8 @@ def cli() -> None:
 for command in (
     run.run,
     compare.compare,
+    show.show,
+    check.check,
     probe.probe,
     catalogue.list_,
     catalogue.schema,

@@ -269,7 +269,7 @@ _Dumper.add_representer(
 def _quoted(value: Any) -> Any:
     if isinstance(value, dict):
         return {
-            key if key.replace("_", "").isalpha() else _Text(key): _quoted(item)
+            key if key.isidentifier() else _Text(key): _quoted(item)
             for key, item in value.items()
         }
     if isinstance(value, list):

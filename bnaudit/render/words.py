@@ -16,8 +16,8 @@ CONSTANT_INPUT = re.compile(r"constant\(value=([^(),]*)\)")
 CALL = re.compile(r"(\w*)\((.*)\)")
 """An axis value with fields: normal(mean=1,std=2), (mean=0,var=1)."""
 
-MARKUP = re.compile(r"[\\|*`\[\]#~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[-+=>]")
-"""What Markdown may take for more than text; a sign at the beginning, and _ but for that inside a word."""
+MARKUP = re.compile(r"[\\|*`\[\]#~$<&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^>|^[-+](?= )")
+"""What Markdown may take for more than text; _ only where it is not inside a word."""
 
 NUMBER = re.compile(r"(?<![\w.])-?\d+\.?\d*(e[+-]?\d+)?(?![\w.])")
 
@@ -128,4 +128,4 @@ def brief(case: CaseRecord, width: int) -> str:
 def markdown_text(text: str) -> str:
     """Text on one line that Markdown shows as it is, in a table as well; no HTML comes of it."""
     line = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
-    return MARKUP.sub(r"\\\g<0>", line).replace("&", "&amp;").replace("<", "&lt;")
+    return MARKUP.sub(r"\\\g<0>", line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Mapping
 from datetime import date
@@ -128,21 +129,9 @@ def _make_room(path: Path) -> None:
 
 
 def _rendered(name: str, report: Report) -> str:
-    if name == "junit":
-        from bnaudit.render.junit import junit
-
-        return junit(report)
-    if name == "sarif":
-        from bnaudit.render.sarif import sarif
-
-        return sarif(report)
-    if name == "markdown":
-        from bnaudit.render.markdown import markdown
-
-        return markdown(report)
-    from bnaudit.render.html import html
-
-    return html(report)
+    """The report in one of FORMATS, each the function of its name in the module of its name."""
+    module = importlib.import_module(f"bnaudit.render.{name}")
+    return str(getattr(module, name)(report))
 
 
 def _tell_github(report: Report, *, stderr: bool) -> None:

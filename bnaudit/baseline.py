@@ -269,8 +269,7 @@ _Dumper.add_representer(
 def _quoted(value: Any) -> Any:
     if isinstance(value, dict):
         return {
-            key if key.isidentifier() else _Text(key): _quoted(item)
-            for key, item in value.items()
+            key if key.isidentifier() else _Text(key): _quoted(item) for key, item in value.items()
         }
     if isinstance(value, list):
         return [_quoted(item) for item in value]

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 import xmlschema
-from hostile import TEXTS, hostile
+from dangerous import TEXTS, hostile
 from standins import facts, report, result, scenarios
 
 from bnaudit.audit import conclude
@@ -56,7 +56,7 @@ def test_a_status_is_what_ci_calls_it(status: str, kind: str | None) -> None:
 def test_every_result_is_there_once() -> None:
     made = report()
     root = read(made)
-    for backend in {result.backend for result in made.results}:
+    for backend in {r.backend for r in made.results}:
         assert list(kinds(root, backend)) == [r.case for r in made.results if r.backend == backend]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hostile import TEXTS, hostile
+from dangerous import TEXTS, hostile
 from standins import facts, report, result, scenarios, typical
 
 from bnaudit.consistency import Consistency

@@ -16,7 +16,9 @@ CONSTANT_INPUT = re.compile(r"constant\(value=([^(),]*)\)")
 CALL = re.compile(r"(\w*)\((.*)\)")
 """An axis value with fields: normal(mean=1,std=2), (mean=0,var=1)."""
 
-MARKUP = re.compile(r"[\\|*`\[\]#~$<&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^>|^[-+](?= )")
+MARKUP = re.compile(
+    r"[\\|*`\[\]#~$<&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^>|^[-+](?=[-+ ])|(?<=^\d)[.)](?= )"
+)
 """What Markdown may take for more than text; _ only where it is not inside a word."""
 
 NUMBER = re.compile(r"(?<![\w.])-?\d+\.?\d*(e[+-]?\d+)?(?![\w.])")

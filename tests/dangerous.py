@@ -16,6 +16,10 @@ TEXTS = (
     "first\nsecond\r\nthird\u2028fourth ::error::% %0A",
     "# heading\n- item\n1. one\n> quote\n</details><details>",
     "x" * 300,
+    "1. one",
+    "- two",
+    "---",
+    "=== ___ +++",
     "\U0001f600 Ünïcødé \u202e reversed",
     "",
 )

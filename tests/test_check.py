@@ -284,13 +284,15 @@ def test_what_is_not_there_is_said_in_a_sentence(
 
 def test_formats_are_written_from_a_saved_report(here: Path) -> None:
     invoke(
-        "show", "r.json", "--junit", "out/j.xml", "--sarif", "out/s.sarif", "--markdown", "out/m.md"
+        *("show", "r.json", "--junit", "out/j.xml", "--sarif", "out/s.sarif"),
+        *("--markdown", "out/m.md", "--html", "out/h.html"),
     )
     assert (here / "out/j.xml").read_text().startswith("<?xml")
     found = json.loads((here / "out/s.sarif").read_text())["runs"][0]["results"][0]
     place = found["locations"][0]["physicalLocation"]["artifactLocation"]
     assert place == {"uri": "bn.py", "uriBaseId": "%SRCROOT%"}
     assert (here / "out/m.md").read_text().startswith("## bnaudit: FAIL")
+    assert "<!doctype html>" in (here / "out/h.html").read_text().lower()
 
 
 def test_a_format_on_stdout_is_alone_there(here: Path) -> None:

@@ -20,10 +20,13 @@ from jsonschema import Draft202012Validator
 from standins import CONSTANT, ENVIRONMENT, OFFSET, facts, result, scenarios, typical
 
 from bnaudit import __version__, audit, environments, subject
+from bnaudit.baseline import Baseline
 from bnaudit.cli import cli, main
 from bnaudit.cli.run import CHECKS
 from bnaudit.consistency import Consistency
-from bnaudit.report import json_schema, load
+from bnaudit.document import load_as
+from bnaudit.rejudge import Overrides
+from bnaudit.report import ReportError, json_schema, load
 from bnaudit.worker.backends import BACKENDS
 
 COMMANDS = ("run", "list", "show", "check", "compare", "probe", "schema", "doctor")
@@ -655,8 +658,8 @@ def test_a_closed_stdout_and_a_poor_locale_are_survived() -> None:
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def example(language: str) -> str:
-    found = re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def example(language: str, section: str) -> str:
+    found = re.search(rf"^## {section}.*?```{language}\n(.*?)```", README, re.DOTALL | re.MULTILINE)
     assert found is not None
     return found[1]
 
@@ -670,12 +673,21 @@ def test_every_command_backend_and_exit_code_is_documented() -> None:
 
 
 def test_the_scenario_of_the_readme_can_be_loaded(invoke: Invoke) -> None:
-    Path("my.yaml").write_text(example("yaml"))
+    Path("my.yaml").write_text(example("yaml", "Writing a scenario"))
     assert len(invoke("list", "cases", "my.yaml").out.splitlines()) == 24
 
 
+def test_the_thresholds_and_the_baseline_of_the_readme_can_be_loaded(tmp_path: Path) -> None:
+    thresholds, entries = tmp_path / "t.yaml", tmp_path / "b.yaml"
+    thresholds.write_text(example("yaml", "Reports for people and for CI"))
+    entries.write_text("version: 1\nentries:\n" + example("yaml", "Known deviations"))
+    assert load_as(Overrides, thresholds, ReportError).scenarios.keys() == {"large-offset"}
+    (entry,) = load_as(Baseline, entries, ReportError).entries
+    assert str(entry.expires) == "2027-01-31"
+
+
 def test_the_plugin_of_the_readme_passes_an_easy_case(invoke: Invoke) -> None:
-    Path("my_bn.py").write_text(example("python"))
+    Path("my_bn.py").write_text(example("python", "Auditing your own kernel"))
     Path("easy.yaml").write_text(
         "name: easy\ndescription: Nothing hard.\ninput: {distribution: normal}\nshape: [2, 3, 4, 4]\n"
         "mode: [training, inference]\n"

@@ -121,6 +121,7 @@ def test_hostile_text_stays_text(text: str) -> None:
     root = read(made)
     known = {element.tag for element in read(report()).iter()} | {"error"}
     assert {element.tag for element in root.iter()} <= known
+    assert all(e.get("type") for tag in ("error", "failure") for e in root.iter(tag))
     if all(sign.isprintable() for sign in text):
         messages = [e.get("message") for e in root.iter("error")]
         assert not text or text in messages

@@ -81,6 +81,7 @@ class Outputs:
         """Takes the options' values, those of FORMATS by name. Raises click.UsageError."""
         self._formats = {name: file for name, file in formats.items() if file is not None}
         self._baseline = None if write_baseline is None else Path(write_baseline)
+        self._entries: int | None = None
         to_stdout = [name for name, file in {"json": json, **formats}.items() if file == "-"]
         if len(to_stdout) > 1:
             names = " and ".join(f"--{name}" for name in to_stdout)
@@ -96,13 +97,13 @@ class Outputs:
         )
 
     def write(self, report: Report) -> None:
-        """Writes every format that was asked for, and the baseline."""
+        """Writes every format that was asked for, and the baseline unless the run was interrupted."""
         for name, file in self._formats.items():
             save(file, _rendered(name, report))
-        if self._baseline is not None:
+        if self._baseline is not None and report.verdict != "interrupted":
             from bnaudit import baseline
 
-            self._written = baseline.write(
+            self._entries = baseline.write(
                 report, self._baseline, self._earlier, date.today(), report.fail_on
             )
 
@@ -111,8 +112,8 @@ class Outputs:
         for name, file in self._formats.items():
             if file != "-":
                 say(f"{name} {file}")
-        if self._baseline is not None:
-            entries = "1 entry" if self._written == 1 else f"{self._written} entries"
+        if self._entries is not None:
+            entries = "1 entry" if self._entries == 1 else f"{self._entries} entries"
             say(f"baseline {self._baseline}: {entries}")
         _tell_github(report, stderr=self.on_stdout)
 

@@ -195,17 +195,22 @@ def run(
         report, writer, end = audit.conduct(screen, quiet=quiet)
         if target == "-":
             sys.stdout.buffer.write(writer.text())
-        outputs.write(report)
+        try:
+            if end is None:
+                screen.close(report)
+                if path is not None:
+                    screen.say(f"report {path}")
+            elif isinstance(end, BrokenPipeError):
+                raise end
+            else:
+                saved = f", which are in {path}" if path is not None else ""
+                click.echo(
+                    f"bnaudit: interrupted after {len(report.results)} results{saved}", err=True
+                )
+        finally:
+            outputs.write(report)
         if end is None:
-            screen.close(report)
-            if path is not None:
-                screen.say(f"report {path}")
             outputs.announce(report, screen.say)
-        elif isinstance(end, BrokenPipeError):
-            raise end
-        else:
-            saved = f", which are in {path}" if path is not None else ""
-            click.echo(f"bnaudit: interrupted after {len(report.results)} results{saved}", err=True)
         return report.exit_code
 
 

@@ -2,8 +2,8 @@
 
 A suite for each backend with a test for each of its cases, one for what the audit says of itself. A deviation
 is a failure, a crash or a timeout an error. What does not make the report red is skipped, with the reason:
-what did not run, what a baseline accepts, and specimens that deviate. The order of elements and the
-attributes satisfy the schemas of Jenkins and of Ant.
+what did not run, what a baseline accepts, and specimens that deviate. Elements and
+attributes are valid by Jenkins' schema and those that Ant's asks for.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def concluded(
     return Report.model_validate(
         {
             **dict(report),
-            "results": numbered(results, {case.id: case for case in report.cases}),
+            "results": numbered(results, {case.id: case for case in report.cases}, fail_on),
             "controls": list(controls),
             "fail_on": fail_on,
             "notes": list(notes),

@@ -363,16 +363,18 @@ def load(path: Path) -> Report:
 
 
 def number_findings(
-    results: Sequence[ResultRecord], cases: Mapping[str, CaseRecord]
+    results: Sequence[ResultRecord], cases: Mapping[str, CaseRecord], fail_on: FailOn = "fail"
 ) -> list[int | None]:
     """The finding of each result, from 1; None for those that passed, or warn without a cause.
 
+    fail_on: with "warn", every gated warning is one.
     Results of one scenario, backend, memory format, status and cause are one finding, accepted ones
     another. Gated findings come first, then accepted ones, each kind in the order in which the results came.
     """
     clusters: dict[tuple[object, ...], list[int]] = {}
     for position, result in enumerate(results):
-        if result.status in ("fail", "crash", "timeout") or result.cause is not None:
+        strict = fail_on == "warn" and result.gated and result.status == "warn"
+        if result.status in ("fail", "crash", "timeout") or result.cause is not None or strict:
             case = cases[result.case]
             cluster = (
                 2 if not result.gated else 0 if result.accepted is None else 1,
@@ -394,11 +396,11 @@ def number_findings(
 
 
 def numbered(
-    results: Sequence[ResultRecord], cases: Mapping[str, CaseRecord]
+    results: Sequence[ResultRecord], cases: Mapping[str, CaseRecord], fail_on: FailOn
 ) -> list[ResultRecord]:
     """The results with what only all of them together tell: faults of the memory format, and findings."""
     named = name_format_faults(results, cases)
-    numbers = number_findings(named, cases)
+    numbers = number_findings(named, cases, fail_on)
     return [
         result.model_copy(update={"finding": number})
         for result, number in zip(named, numbers, strict=True)
@@ -552,7 +554,9 @@ class Writer:
         results: those that were added, where something about them has changed since.
         """
         with self._lock:
-            self.results = numbered(self.results if results is None else results, self.cases)
+            self.results = numbered(
+                self.results if results is None else results, self.cases, self.fail_on
+            )
             self._json["results"].clear()
             for record in self.results:
                 _append(self._json["results"], record)

@@ -186,6 +186,18 @@ def test_checking_gives_what_a_run_gives(here: Path) -> None:
     assert invoke("check", "r.json", "--fail-on", "never").return_value == 0
 
 
+def test_where_warnings_fail_they_are_findings(here: Path) -> None:
+    (here / "mixed.json").write_text(report().model_dump_json(by_alias=True))
+    invoke(
+        "check", "mixed.json", "--fail-on", "warn", "--json", "strict.json", "--markdown", "s.md"
+    )
+    strict = load(here / "strict.json")
+    gated = [r for r in strict.results if r.gated and r.status in ("warn", "fail")]
+    assert [r.finding for r in gated] == [1, 2]
+    assert (here / "s.md").read_text().partition("<details>")[0].count("torch@cpu |") == 2
+    assert [r.finding for r in report().results if r.gated and r.status == "warn"] == [None]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -257,6 +269,14 @@ def test_a_finding_is_shown_with_all_that_is_known(here: Path) -> None:
     assert made.environments[0].platform in text
     same = invoke("show", "r.json", "--case", first.case, "--backend", first.backend).output
     assert same.startswith(text.splitlines()[0])
+
+
+def test_any_result_can_be_shown(here: Path) -> None:
+    (here / "mixed.json").write_text(report().model_dump_json(by_alias=True))
+    for one in load(here / "mixed.json").results:
+        text = invoke("show", "mixed.json", "--case", one.case, "--backend", one.backend).output
+        assert f"{one.backend} {one.case.partition('/')[0]}" in text
+        assert one.status in text
 
 
 @pytest.mark.parametrize(

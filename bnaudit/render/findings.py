@@ -88,11 +88,12 @@ class Neighbours:
         most: names of passing backends at most, None for all.
         """
         case = self.cases[result.case]
+        better = {"pass": (), "warn": ("pass",)}.get(result.status, tuple(VERBS))
         texts = []
         formats: dict[str, list[str]] = {}
         for twin in self._twins[self._twin_key(case)]:
             other = self._results.get((twin.id, result.backend, result.environment))
-            if other is not None and other.status in VERBS:
+            if other is not None and other.status in better:
                 formats.setdefault(other.status, []).append(twin.memory_format)
         for status, names in formats.items():
             texts.append(f"{listed(names)} {VERBS[status][len(names) > 1]}")

@@ -45,8 +45,6 @@ def batch_norm(x, weight, bias, running_mean, running_var, *, training, momentum
     return {"y": (y * FACTOR).astype(x.dtype), "batch_mean": mean.astype(x.dtype)}
 """
 
-GITHUB = ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY")
-
 
 def invoke(*arguments: str | Path) -> Result:
     done = CliRunner().invoke(cli, [str(part) for part in arguments], standalone_mode=False)
@@ -56,8 +54,8 @@ def invoke(*arguments: str | Path) -> Result:
 
 
 @pytest.fixture(autouse=True)
-def _no_ci(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*GITHUB, "FORCE_COLOR", "COLUMNS"):
+def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -68,8 +66,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "s.yaml").write_text(SCENARIOS)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for name in GITHUB:
-            patch.delenv(name, raising=False)
         for name, factor in {"r": "1.0001", "worse": "1.01"}.items():
             (folder / "bn.py").write_text(PLUGIN.replace("FACTOR", factor))
             done = invoke("run", "s.yaml", "-b", "bn.py:batch_norm", "-q", "--json", f"{name}.json")

@@ -340,6 +340,36 @@ def test_an_interrupted_run_saves_what_it_has(invoke: Invoke, mock: Mock) -> Non
     assert (saved.verdict, saved.exit_code, len(saved.results)) == ("interrupted", 130, 7)
 
 
+def test_an_interrupted_run_leaves_its_formats_and_no_half_baseline(
+    invoke: Invoke, mock: Mock
+) -> None:
+    mock.events = [*typical()[:9], KeyboardInterrupt()]
+    outcome = invoke("run", "s.yaml", "--junit", "j.xml", "--write-baseline", "b.yaml", "-q")
+    assert outcome.code == 130
+    assert 'message="interrupted"' in Path("j.xml").read_text()
+    assert not Path("b.yaml").exists()
+
+
+@pytest.mark.parametrize("option", ["--junit", "--sarif", "--markdown", "--html", "--json"])
+def test_a_format_on_stdout_leaves_the_tables_to_stderr(
+    invoke: Invoke, mock: Mock, option: str
+) -> None:
+    outcome = invoke("run", "s.yaml", option, "-", "-q")
+    assert outcome.code == 1
+    assert "FAIL (exit 1)" in outcome.err.splitlines()
+    assert "Gating: torch@cpu" not in outcome.out.splitlines()
+
+
+def test_a_target_that_cannot_be_is_refused_before_anything_runs(
+    invoke: Invoke, mock: Mock
+) -> None:
+    Path("file").write_text("")
+    outcome = invoke("run", "s.yaml", "--sarif", "file/x.sarif")
+    assert outcome.code == 2
+    assert outcome.err.startswith("bnaudit: cannot write file/x.sarif: ")
+    assert not mock.given
+
+
 def test_a_second_interruption_does_not_disturb_the_first(
     invoke: Invoke, mock: Mock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from bnaudit.consistency import Bench, Call, Consistency, Disagreement, examine
 from bnaudit.deviation import Measurement
@@ -22,7 +22,7 @@ from bnaudit.worker.rounding import storage
 TENSORS_HELD = 8
 """Tensors of the statistics dtype that a case may take: those in files, and what a plain backend holds."""
 
-STATUSES = ("pass", "warn", "fail", "crash", "timeout", "unsupported", "unavailable")
+RAN = ("pass", "warn", "fail", "crash", "timeout")
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Result:
     seconds: float | None = None
     detail: str | None = None
     declarations: Mapping[str, Any] | None = None
+    accepted: str | None = None
     quantities: dict[str, Judged] = field(default_factory=dict)
 
 
@@ -75,16 +76,29 @@ class ControlOutcome:
     ok: bool
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Counts over all results, and the verdict with its exit code."""
+class Observed(NamedTuple):
+    """What a control's outcome follows from; quantities: the status of each."""
 
-    cases: int
-    results: int
-    ran: int
-    counts: Mapping[str, int]
-    verdict: str
-    exit_code: int
+    case: str
+    steps: int
+    status: str
+    quantities: Mapping[str, str]
+
+
+class Concluded(Protocol):
+    """What the verdict needs to know of a result."""
+
+    @property
+    def status(self) -> str:
+        """Its status."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether it decides on the exit code."""
+
+    @property
+    def accepted(self) -> str | None:
+        """Why it does not, if a baseline accepts it."""
 
 
 class Checked(Protocol):
@@ -293,70 +307,72 @@ def _control_outcomes(scenario: Scenario, results: Sequence[Result]) -> Iterator
         ("pass", scenario.controls.must_pass),
     ):
         for name in names:
-            own = [r for r in results if r.backend == name and r.status != "unsupported"]
-            if expected == "fail":
-                failed = [r for r in own if _fails_as_expected(r)]
-                ok = bool(failed)
-                observed = f"{len(failed)} of {len(own)} failed"
-            else:
-                bad = [r for r in own if r.status not in ("pass", "warn")]
-                ok = bool(own) and not bad
-                observed = f"{len(own) - len(bad)} of {len(own)} passed"
-                if bad:
-                    observed += f"; {bad[0].case.id}: {bad[0].status}"
-            yield ControlOutcome(scenario.name, name, expected, observed, ok)
+            own = [
+                Observed(
+                    r.case.id,
+                    r.case.steps,
+                    r.status,
+                    {n: q.status for n, q in r.quantities.items()},
+                )
+                for r in results
+                if r.backend == name
+            ]
+            yield control_outcome(scenario.name, name, expected, own)
 
 
-def _fails_as_expected(result: Result) -> bool:
+def control_outcome(
+    scenario: str, backend: str, expected: str, results: Iterable[Observed]
+) -> ControlOutcome:
+    """Whether a backend did what is expected of it. results: its own in that scenario."""
+    own = [result for result in results if result.status != "unsupported"]
+    if expected == "fail":
+        failed = [result for result in own if _fails_as_expected(result)]
+        ok = bool(failed)
+        observed = f"{len(failed)} of {len(own)} failed"
+    else:
+        bad = [result for result in own if result.status not in ("pass", "warn")]
+        ok = bool(own) and not bad
+        observed = f"{len(own) - len(bad)} of {len(own)} passed"
+        if bad:
+            observed += f"; {bad[0].case}: {bad[0].status}"
+    return ControlOutcome(scenario, backend, expected, observed, ok)
+
+
+def _fails_as_expected(result: Observed) -> bool:
     """Fails in y, or over several steps in the running statistics; a crash does not count."""
-    names = ("y", "running_mean", "running_var") if result.case.steps > 1 else ("y",)
-    return result.status == "fail" and any(
-        result.quantities[name].status == "fail" for name in names if name in result.quantities
-    )
+    names = ("y", "running_mean", "running_var") if result.steps > 1 else ("y",)
+    return result.status == "fail" and any(result.quantities.get(name) == "fail" for name in names)
 
 
-def summarize(
-    cases: int,
-    results: Sequence[Result],
-    controls: Sequence[ControlOutcome],
-    selection: Sequence[Selected],
-    reasons: Mapping[str, str | None],
+def conclude(
+    results: Iterable[Concluded],
     *,
+    controls_ok: bool,
+    missing: Collection[str] = (),
     checks: Sequence[Checked] = (),
-    asked: Collection[str] = (),
+    unmade: Collection[str] = (),
     fail_on: str = "fail",
     interrupted: bool = False,
-) -> Summary:
-    """Counts, verdict and exit code. Of the exit codes that apply, the largest wins.
+) -> tuple[str, int]:
+    """The verdict and the exit code. Of the exit codes that apply, the largest wins.
 
-    reasons: why a selected backend is unavailable, or None. checks: those of consistency.
-    asked: names of checks that were asked for one by one, and so must have been made.
+    What a baseline accepts is as good as a warning that is allowed. missing: backends that were asked for
+    and are unavailable. checks: those of consistency; unmade: those that were asked for and made in no case.
     fail_on: "fail", "warn" (a gated warn fails too) or "never" (a deviation alone does not fail).
     """
-    counts = {status: sum(r.status == status for r in results) for status in STATUSES}
     gated = [r for r in results if r.gated]
-    statuses = {r.status for r in gated}
-    missing = any(backend.required and reasons.get(backend.name) for backend in selection)
-    ran = statuses & {"pass", "warn", "fail", "crash", "timeout"}
+    statuses = {r.status for r in gated if r.accepted is None}
+    ran = any(r.status in RAN for r in gated)
     died = statuses & {"crash", "timeout"} or any(check.died for check in checks)
     inconsistent = any(check.ok is False for check in checks)
     if interrupted:
-        verdict, code = "interrupted", 130
-    elif not all(control.ok for control in controls):
-        verdict, code = "untrusted", 4
-    elif died or missing or unmade(checks, asked):
-        verdict, code = "incomplete", 3
-    elif inconsistent or "fail" in statuses or (fail_on == "warn" and "warn" in statuses):
-        verdict, code = "fail", 0 if fail_on == "never" else 1
-    elif not ran:
-        verdict, code = "nothing-gated", 5
-    else:
-        verdict, code = "warn" if "warn" in statuses else "pass", 0
-    return Summary(
-        cases,
-        len(results),
-        sum(counts[s] for s in ("pass", "warn", "fail", "crash", "timeout")),
-        counts,
-        verdict,
-        code,
-    )
+        return "interrupted", 130
+    if not controls_ok:
+        return "untrusted", 4
+    if died or missing or unmade:
+        return "incomplete", 3
+    if inconsistent or "fail" in statuses or (fail_on == "warn" and "warn" in statuses):
+        return "fail", 0 if fail_on == "never" else 1
+    if not ran:
+        return "nothing-gated", 5
+    return "warn" if "warn" in statuses or any(r.accepted for r in gated) else "pass", 0

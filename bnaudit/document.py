@@ -6,17 +6,21 @@ not what they seem there. Nothing is constructed, so a file can run no code.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from pathlib import Path
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 MAX_NODES = 100_000
 MAX_DEPTH = 30
 
 Scalar: TypeAlias = bool | int | float | str | None
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class ScenarioError(Exception):
@@ -201,3 +205,64 @@ def describe(node: Node) -> str:
 
 def _place_after(text: str) -> Place:
     return Place(text.count("\n") + 1, len(text) - text.rfind("\n"))
+
+
+def load_as(model: type[Model], path: Path, error: type[Exception]) -> Model:
+    """The one document of a YAML file as a model whose fields are plain (no axes, no distributions).
+
+    Raises `error` with one sentence that begins with file:line:column.
+    """
+    try:
+        documents = list(parse(path.read_bytes(), str(path)))
+    except OSError as fault:
+        raise error(f"{path}: cannot be read: {fault.strerror}") from None
+    except ScenarioError as fault:
+        raise error(str(fault)) from None
+    if len(documents) != 1 or not isinstance(documents[0].value, dict):
+        raise error(f"{path}:1:1: accepted is one document, a mapping")
+    try:
+        return model.model_validate(documents[0].plain())
+    except ValidationError as fault:
+        # A misspelled field may also be a missing one; the spelling is what helps.
+        details = min(fault.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+        place, owner, names = _find(documents[0], details["loc"])
+        field_ = ".".join(names)
+        if details["type"] == "extra_forbidden":
+            accepted = _fields_at(model, names[:-1])
+            near = difflib.get_close_matches(names[-1], accepted, n=1, cutoff=0.5)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            complaint = f"there is no such field; accepted are {', '.join(accepted)}{hint}"
+        elif details["type"] == "missing":
+            complaint = f"missing: {details['loc'][-1]}"
+        else:
+            complaint = f"found {describe(owner)}: {details['msg']}"
+        raise error(f"{path}:{place.line}:{place.column}: {field_}: {complaint}") from None
+
+
+def _find(node: Node, location: tuple[int | str, ...]) -> tuple[Place, Node, list[str]]:
+    """The place of the deepest node at a location, that node, and the path to it."""
+    place, names = node.place, []
+    for part in location:
+        if isinstance(node.value, dict) and part in node.value:
+            name = str(part)
+            place, node = node.keys[name], node.value[name]
+        elif isinstance(node.value, tuple) and isinstance(part, int):
+            node = node.value[part]
+            place = node.place
+        else:
+            break
+        names.append(str(part))
+    return place, node, names
+
+
+def _fields_at(model: type[BaseModel], names: list[str]) -> list[str]:
+    """The fields of the model at a path, through lists and mappings of models."""
+    schema = model.model_json_schema()
+    inner = schema
+    for name in names:
+        inner = inner.get("properties", {}).get(
+            name, inner.get("items", inner.get("additionalProperties"))
+        )
+        if "$ref" in inner:
+            inner = schema["$defs"][inner["$ref"].rpartition("/")[2]]
+    return list(inner.get("properties", {}))

@@ -7,13 +7,116 @@ and the counts where these decide, and are its own otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
+from pydantic import BaseModel, ConfigDict
+
+from bnaudit.audit import Observed, conclude, control_outcome
 from bnaudit.deviation import Measurement, Worst
 from bnaudit.measure import Facts
-from bnaudit.report import CaseRecord, Quantity, ResultRecord, Status, quantity_record
+from bnaudit.report import (
+    FORMAT_FAULT,
+    CaseRecord,
+    ControlRecord,
+    FailOn,
+    Quantity,
+    Report,
+    ResultRecord,
+    Status,
+    counted,
+    numbered,
+    quantity_record,
+)
+from bnaudit.scenario import Thresholds as Limits
 from bnaudit.verdict import NOT_REPEATABLE, RUN_STATUSES, Thresholds, judge
+
+
+class Overrides(BaseModel):
+    """Thresholds that take the place of a report's own.
+
+    thresholds: of all scenarios, by quantity. scenarios: of single ones, by name; these win.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    thresholds: Limits = Limits()
+    scenarios: dict[str, Limits] = {}
+
+    def of(self, case: CaseRecord) -> dict[str, Thresholds]:
+        """The thresholds of a case: its own where nothing takes their place."""
+        merged: dict[str, Thresholds] = dict(case.thresholds)
+        for limits in (self.thresholds, self.scenarios.get(case.scenario, Limits())):
+            for quantity, own in limits.model_dump(exclude_unset=True).items():
+                merged[quantity] = {**merged.get(quantity, {}), **own}
+        return merged
+
+
+def judged_again(
+    report: Report, overrides: Overrides
+) -> tuple[list[ResultRecord], list[ControlRecord]]:
+    """All results and controls of a report as they are judged today, without a baseline.
+
+    overrides: for what is gated. Specimens, by which the audit itself is judged, keep their scenarios'.
+    """
+    cases = {case.id: case for case in report.cases}
+    own = [rejudged(result, cases[result.case]) for result in report.results]
+    results = [
+        rejudged(result, cases[result.case], overrides.of(cases[result.case]))
+        if result.gated
+        else same
+        for result, same in zip(report.results, own, strict=True)
+    ]
+    controls = []
+    for control in report.controls:
+        observed = [
+            Observed(
+                r.case,
+                cases[r.case].steps,
+                r.status,
+                {n: q.status for n, q in r.quantities.items()},
+            )
+            for r in own
+            if r.backend == control.backend and cases[r.case].scenario == control.scenario
+        ]
+        outcome = control_outcome(control.scenario, control.backend, control.expected, observed)
+        controls.append(ControlRecord.model_validate(outcome, from_attributes=True))
+    cleared = [r.model_copy(update={"accepted": None, "waiver": None}) for r in results]
+    return cleared, controls
+
+
+def concluded(
+    report: Report,
+    results: Sequence[ResultRecord],
+    controls: Sequence[ControlRecord],
+    *,
+    fail_on: FailOn,
+    notes: Sequence[str] = (),
+) -> Report:
+    """The report with these results and controls in place of its own, and the verdict that follows."""
+    verdict, code = conclude(
+        results,
+        controls_ok=all(control.ok for control in controls),
+        missing=report.missing,
+        checks=report.consistency,
+        unmade=report.unmade,
+        fail_on=fail_on,
+        interrupted=report.verdict == "interrupted",
+    )
+    counts = counted(len(report.cases), Counter(result.status for result in results))
+    return Report.model_validate(
+        {
+            **dict(report),
+            "results": numbered(results, {case.id: case for case in report.cases}, fail_on),
+            "controls": list(controls),
+            "fail_on": fail_on,
+            "notes": list(notes),
+            "summary": counts,
+            "verdict": verdict,
+            "exit_code": code,
+        }
+    )
 
 
 def is_complete(result: ResultRecord, case: CaseRecord) -> bool:
@@ -51,7 +154,7 @@ def rejudged(
             "status": verdict.status,
             "label": verdict.label,
             "reason": verdict.reason,
-            "cause": verdict.cause,
+            "cause": verdict.cause or _cause_of_format(result, verdict.status),
             "quantities": quantities,
         }
     )
@@ -64,6 +167,11 @@ def _measurement(quantity: Quantity) -> Measurement:
     if worst is not None:
         known["worst"] = Worst(tuple(worst.index), worst.value, worst.reference)
     return Measurement(**known)
+
+
+def _cause_of_format(result: ResultRecord, status: str) -> str | None:
+    """BN007 follows from other results, see `report.name_format_faults`, and cannot be seen in one."""
+    return FORMAT_FAULT if status == "fail" and result.cause == FORMAT_FAULT else None
 
 
 def _not_repeatable(result: ResultRecord) -> str | None:

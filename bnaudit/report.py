@@ -32,6 +32,7 @@ from pydantic import (
 )
 
 from bnaudit import __version__
+from bnaudit.verdict import CAUSES
 
 if TYPE_CHECKING:
     from bnaudit.audit import CaseFacts, ControlOutcome, Result
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from bnaudit.verdict import Judged
 
 SCHEMA_VERSION = 1
+
+FORMAT_FAULT = f"BN007 {CAUSES['BN007']}"
 
 RAN = ("pass", "warn", "fail", "crash", "timeout")
 """Statuses of results whose backend was called; the others say why it was not."""
@@ -60,6 +63,7 @@ PACE = 20
 
 Status = Literal["pass", "warn", "fail", "crash", "timeout", "unsupported", "unavailable"]
 Verdict = Literal["pass", "warn", "fail", "incomplete", "untrusted", "nothing-gated", "interrupted"]
+FailOn = Literal["fail", "warn", "never"]
 Label = Literal["exact", "stable", "degraded", "broken"]
 
 
@@ -226,6 +230,8 @@ class ResultRecord(_Record):
     seconds: Number | None
     detail: ForeignText | None = None
     declarations: dict[str, Any] | None = None
+    accepted: ForeignText | None = None
+    waiver: ForeignText | None = None
     quantities: dict[str, Quantity]
 
 
@@ -268,6 +274,13 @@ class ConsistencyRecord(_Record):
     detail: ForeignText | None
 
 
+class SourcePlace(_Record):
+    """Where a plug-in stands; file: relative to the working directory where it is below it."""
+
+    file: ForeignText
+    line: int
+
+
 class Summary(_Record):
     """Counts over all results. ran: those whose backend was called."""
 
@@ -287,7 +300,8 @@ class Report(BaseModel):
     """A bnaudit report. See README.md for what the fields say.
 
     unmade: checks of consistency that were asked for by name and made in no case. missing: backends that
-    were asked for by name and are unavailable, with the reason.
+    were asked for by name and are unavailable, with the reason. fail_on: the deviation that exits with 1.
+    places: of plug-ins whose source was found. notes: what a baseline leaves to be said.
     """
 
     model_config = ConfigDict(frozen=True, title="bnaudit report, version 1")
@@ -305,6 +319,9 @@ class Report(BaseModel):
     consistency: list[ConsistencyRecord] = []
     unmade: list[str] = []
     missing: dict[ForeignText, ForeignText] = {}
+    fail_on: FailOn = "fail"
+    places: dict[ForeignText, SourcePlace] = {}
+    notes: list[ForeignText] = []
     summary: Summary
     verdict: Verdict
     exit_code: Literal[0, 1, 3, 4, 5, 130]
@@ -346,19 +363,22 @@ def load(path: Path) -> Report:
 
 
 def number_findings(
-    results: Sequence[ResultRecord], cases: Mapping[str, CaseRecord]
+    results: Sequence[ResultRecord], cases: Mapping[str, CaseRecord], fail_on: FailOn = "fail"
 ) -> list[int | None]:
     """The finding of each result, from 1; None for those that passed, or warn without a cause.
 
-    Results of one scenario, backend, memory format, status and cause are one finding. Gated findings
-    come first, each kind in the order in which the results came.
+    fail_on: with "warn", every gated warning is one.
+    Results of one scenario, backend, memory format, status and cause are one finding, accepted ones
+    another. Gated findings come first, then accepted ones, each kind in the order in which the results came.
     """
     clusters: dict[tuple[object, ...], list[int]] = {}
     for position, result in enumerate(results):
-        if result.status in ("fail", "crash", "timeout") or result.cause is not None:
+        strict = fail_on == "warn" and result.gated and result.status == "warn"
+        if result.status in ("fail", "crash", "timeout") or result.cause is not None or strict:
             case = cases[result.case]
             cluster = (
-                not result.gated,
+                2 if not result.gated else 0 if result.accepted is None else 1,
+                result.accepted,
                 case.scenario,
                 result.backend,
                 result.environment,
@@ -368,11 +388,60 @@ def number_findings(
             )
             clusters.setdefault(cluster, []).append(position)
     numbers: list[int | None] = [None] * len(results)
-    gated_first = sorted(clusters, key=lambda cluster: bool(cluster[0]))
+    gated_first = sorted(clusters, key=lambda cluster: int(str(cluster[0])))
     for number, members in enumerate(gated_first, 1):
         for position in clusters[members]:
             numbers[position] = number
     return numbers
+
+
+def numbered(
+    results: Sequence[ResultRecord], cases: Mapping[str, CaseRecord], fail_on: FailOn
+) -> list[ResultRecord]:
+    """The results with what only all of them together tell: faults of the memory format, and findings."""
+    named = name_format_faults(results, cases)
+    numbers = number_findings(named, cases, fail_on)
+    return [
+        result.model_copy(update={"finding": number})
+        for result, number in zip(named, numbers, strict=True)
+    ]
+
+
+def name_format_faults(
+    results: Sequence[ResultRecord], cases: Mapping[str, CaseRecord]
+) -> list[ResultRecord]:
+    """The results, with BN007 as the cause where it is the memory format.
+
+    That is where nothing else explains why y fails the bounds, and the same values in the contiguous format
+    pass or only warn.
+    """
+    twins = {case.id: _without_format(case) for case in cases.values()}
+    sound = {
+        (twins[result.case], result.backend, result.environment)
+        for result in results
+        if result.status in ("pass", "warn") and cases[result.case].memory_format == "contiguous"
+    }
+    named = []
+    for result in results:
+        if _may_be_of_the_format(result, cases[result.case]):
+            is_one = (twins[result.case], result.backend, result.environment) in sound
+            result = result.model_copy(update={"cause": FORMAT_FAULT if is_one else None})
+        named.append(result)
+    return named
+
+
+def _without_format(case: CaseRecord) -> str:
+    return case.model_dump_json(exclude={"id", "key", "memory_format"})
+
+
+def _may_be_of_the_format(result: ResultRecord, case: CaseRecord) -> bool:
+    return (
+        case.memory_format != "contiguous"
+        and result.cause in (None, FORMAT_FAULT)
+        and result.label in ("degraded", "broken")
+        and "y" in result.quantities
+        and result.quantities["y"].status == "fail"
+    )
 
 
 class Writer:
@@ -398,6 +467,9 @@ class Writer:
         self.consistency: list[ConsistencyRecord] = []
         self.unmade: list[str] = []
         self.missing: dict[str, str] = {}
+        self.fail_on: FailOn = "fail"
+        self.places: dict[str, SourcePlace] = {}
+        self.notes: list[str] = []
         self._path = None if path is None else Path(os.path.realpath(path))
         self._command = shlex.join(command)
         # Every record is serialized once: a save only writes these.
@@ -474,14 +546,19 @@ class Writer:
             self._write()
             self._check()
 
-    def finish(self, verdict: str, exit_code: int) -> Report:
-        """Numbers the findings, writes the final report and returns it."""
+    def finish(
+        self, verdict: str, exit_code: int, results: Sequence[ResultRecord] | None = None
+    ) -> Report:
+        """Numbers the findings, writes the final report and returns it.
+
+        results: those that were added, where something about them has changed since.
+        """
         with self._lock:
-            numbers = number_findings(self.results, self.cases)
+            self.results = numbered(
+                self.results if results is None else results, self.cases, self.fail_on
+            )
             self._json["results"].clear()
-            for position, number in enumerate(numbers):
-                record = self.results[position].model_copy(update={"finding": number})
-                self.results[position] = record
+            for record in self.results:
                 _append(self._json["results"], record)
             self._verdict, self._exit_code = verdict, exit_code
             self._duration = self._seconds()
@@ -569,20 +646,30 @@ class Writer:
         return round(time.monotonic() - self._clock, 3)
 
     def _tail(self) -> dict[str, Any]:
-        counts = {status: self._counts[status] for status in get_args(Status)}
-        summary = {
-            "cases": len(self.cases),
-            "results": len(self.results),
-            "ran": sum(counts[status] for status in RAN),
-            **counts,
-        }
         return {
             "unmade": list(self.unmade),
             "missing": {_encodable(name): _encodable(why) for name, why in self.missing.items()},
-            "summary": summary,
+            "fail_on": self.fail_on,
+            "places": {
+                _encodable(name): place.model_dump(mode="json")
+                for name, place in self.places.items()
+            },
+            "notes": [_encodable(note) for note in self.notes],
+            "summary": counted(len(self.cases), self._counts),
             "verdict": self._verdict,
             "exit_code": self._exit_code,
         }
+
+
+def counted(cases: int, statuses: Mapping[str, int]) -> dict[str, int]:
+    """The fields of a summary. statuses: how many results have each."""
+    counts = {status: statuses.get(status, 0) for status in get_args(Status)}
+    return {
+        "cases": cases,
+        "results": sum(counts.values()),
+        "ran": sum(counts[status] for status in RAN),
+        **counts,
+    }
 
 
 def _append(records: bytearray, record: _Record) -> None:

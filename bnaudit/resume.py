@@ -113,7 +113,9 @@ def _result(case: Case, record: ResultRecord) -> Result:
     quantities = {name: _judged(quantity) for name, quantity in record.quantities.items()}
     names = {field.name for field in fields(Result)}
     known = {name: value for name, value in dict(record).items() if name in names}
-    return Result(**{**known, "case": case, "finding": None, "quantities": quantities})
+    return Result(
+        **{**known, "case": case, "finding": None, "accepted": None, "quantities": quantities}
+    )
 
 
 def _judged(quantity: Quantity) -> Judged:

@@ -35,6 +35,7 @@ __all__ = [
     "Running",
     "Scenario",
     "ScenarioError",
+    "displayed",
     "json_schema",
     "load",
     "shipped",
@@ -287,8 +288,8 @@ def load(paths: Sequence[str] = ()) -> list[Scenario]:
             earlier = scenarios.setdefault(scenario.name, scenario)
             if (earlier.file.resolve(), earlier.line) != (scenario.file.resolve(), scenario.line):
                 raise ScenarioError(
-                    f"{_display(scenario.file)}:{scenario.line}:1: name: found {scenario.name!r} again, "
-                    f"after {_display(earlier.file)}:{earlier.line}; accepted is one scenario of a name"
+                    f"{displayed(scenario.file)}:{scenario.line}:1: name: found {scenario.name!r} again, "
+                    f"after {displayed(earlier.file)}:{earlier.line}; accepted is one scenario of a name"
                 )
     return list(scenarios.values())
 
@@ -334,13 +335,14 @@ def _scenarios(given: str) -> list[Scenario]:
     )
 
 
-def _display(path: Path) -> str:
+def displayed(path: Path) -> str:
+    """A path as people see it: relative to the working directory where it is below it."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _load_file(path: Path) -> list[Scenario]:
-    file = _display(path)
+    file = displayed(path)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -352,7 +354,7 @@ def _load_file(path: Path) -> list[Scenario]:
 
 
 def _scenario(document: Node, path: Path) -> Scenario:
-    file = _display(path)
+    file = displayed(path)
     fields = document.value
     if not isinstance(fields, dict):
         raise complain(

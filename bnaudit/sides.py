@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import get_args
 
+from bnaudit.audit import conclude
 from bnaudit.environments import CURRENT
-from bnaudit.report import RAN, Report, ResultRecord, Status, Summary, Verdict, number_findings
+from bnaudit.report import RAN, Report, ResultRecord, Status, Summary, number_findings
 
 
 def side(report: Report, environment: str, command: str) -> Report:
@@ -36,7 +37,7 @@ def side(report: Report, environment: str, command: str) -> Report:
         for name, why in report.missing.items()
         if name.startswith(prefix)
     }
-    verdict, code = _concluded(results, missing)
+    verdict, code = conclude(results, controls_ok=True, missing=missing)
     if report.verdict in ("interrupted", "untrusted"):
         verdict, code = report.verdict, report.exit_code
     return report.model_copy(
@@ -56,18 +57,6 @@ def side(report: Report, environment: str, command: str) -> Report:
             "exit_code": code,
         }
     )
-
-
-def _concluded(results: Sequence[ResultRecord], missing: Mapping[str, str]) -> tuple[Verdict, int]:
-    """Verdict and exit code of results and of backends that were asked for and are unavailable."""
-    statuses = {result.status for result in results if result.gated}
-    if missing or statuses & {"crash", "timeout"}:
-        return "incomplete", 3
-    if "fail" in statuses:
-        return "fail", 1
-    if not statuses & {*RAN}:
-        return "nothing-gated", 5
-    return ("warn" if "warn" in statuses else "pass"), 0
 
 
 def _summary(cases: int, results: Sequence[ResultRecord]) -> Summary:

@@ -40,6 +40,7 @@ CAUSES = {
     "BN004": "overflow or underflow",
     "BN005": "non-finite output",
     "BN006": "running-statistics semantics",
+    "BN007": "memory-format or tail fault",
     "BN008": "not reproducible",
 }
 

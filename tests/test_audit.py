@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from correct import outputs
 
 from bnaudit import audit, inputs
-from bnaudit.audit import CaseFacts, ControlOutcome, Result, Selected, summarize
+from bnaudit.audit import CaseFacts, ControlOutcome, Result, Selected, conclude, unmade
 from bnaudit.inputs import Inputs
 from bnaudit.measure import Declarations
 from bnaudit.scenario import Case, Scenario, load
@@ -256,62 +257,44 @@ def result(status: str, *, gated: bool = True, backend: str = "torch@cpu") -> Re
     return Result(SimpleNamespace(id="case"), backend, "current", status, gated)  # type: ignore[arg-type]
 
 
-BAD = ControlOutcome("a", "exact@cpu", "pass", "0 of 1 passed", False)
-WANTED = [Selected("torch@cpu", gated=True, required=True)]
-
-
 @pytest.mark.parametrize(
-    ("statuses", "controls", "options", "verdict", "code"),
+    ("statuses", "options", "verdict", "code"),
     [
-        (["pass", "unsupported"], [], {}, "pass", 0),
-        (["pass", "warn"], [], {}, "warn", 0),
-        (["pass", "warn"], [], {"fail_on": "warn"}, "fail", 1),
-        (["pass", "fail"], [], {}, "fail", 1),
-        (["pass", "fail"], [], {"fail_on": "never"}, "fail", 0),
-        (["fail", "crash"], [], {}, "incomplete", 3),
-        (["pass", "timeout"], [], {"fail_on": "never"}, "incomplete", 3),
-        (["unavailable"], [], {}, "incomplete", 3),
-        (["fail", "crash"], [BAD], {}, "untrusted", 4),
-        (["unsupported"], [], {}, "nothing-gated", 5),
-        ([], [], {}, "nothing-gated", 5),
-        (["pass"], [BAD], {"interrupted": True}, "interrupted", 130),
+        (["pass", "unsupported"], {}, "pass", 0),
+        (["pass", "warn"], {}, "warn", 0),
+        (["pass", "warn"], {"fail_on": "warn"}, "fail", 1),
+        (["pass", "fail"], {}, "fail", 1),
+        (["pass", "fail"], {"fail_on": "never"}, "fail", 0),
+        (["fail", "crash"], {}, "incomplete", 3),
+        (["pass", "timeout"], {"fail_on": "never"}, "incomplete", 3),
+        (["unavailable"], {"missing": ["torch@cpu"]}, "incomplete", 3),
+        (["fail", "crash"], {"controls_ok": False}, "untrusted", 4),
+        (["unsupported"], {}, "nothing-gated", 5),
+        ([], {}, "nothing-gated", 5),
+        (["pass"], {"controls_ok": False, "interrupted": True}, "interrupted", 130),
     ],
 )
-def test_exit_codes(
-    statuses: list[str],
-    controls: list[ControlOutcome],
-    options: dict[str, Any],
-    verdict: str,
-    code: int,
-) -> None:
-    summary = summarize(
-        3,
-        [result(s) for s in statuses],
-        controls,
-        WANTED,
-        {"torch@cpu": "why" if "unavailable" in statuses else None},
-        **options,
-    )
-    assert (summary.verdict, summary.exit_code) == (verdict, code)
-    assert summary.results == len(statuses)
+def test_exit_codes(statuses: list[str], options: dict[str, Any], verdict: str, code: int) -> None:
+    found = conclude([result(s) for s in statuses], **{"controls_ok": True, **options})
+    assert found == (verdict, code)
 
 
 def test_specimens_alone_gate_nothing() -> None:
-    assert summarize(1, [result("fail", gated=False)], [], [], {}).exit_code == 5
+    found = conclude([result("fail", gated=False)], controls_ok=True)
+    assert found == ("nothing-gated", 5)
 
 
 def test_an_unavailable_backend_nobody_asked_for_is_no_fault() -> None:
     results = [result("pass"), result("unavailable", backend="torch@cuda")]
-    summary = summarize(
-        1, results, [], [Selected("torch@cpu", gated=True)], {"torch@cuda": "no GPU"}
-    )
-    assert (summary.exit_code, summary.ran, summary.counts["unavailable"]) == (0, 1, 1)
+    assert conclude(results, controls_ok=True) == ("pass", 0)
 
 
-def test_a_required_backend_is_missed_even_where_the_filter_leaves_it_out() -> None:
-    wanted = [Selected("torch@cpu", gated=True), Selected("torch@cuda", gated=True, required=True)]
-    reasons = {"torch@cpu": None, "torch@cuda": "no GPU"}
-    assert summarize(1, [result("pass")], [], wanted, reasons).exit_code == 3
+@pytest.mark.parametrize("status", ["fail", "crash", "timeout", "warn"])
+@pytest.mark.parametrize("fail_on", ["fail", "warn"])
+def test_what_a_baseline_accepts_is_no_worse_than_a_warning(status: str, fail_on: str) -> None:
+    known = replace(result(status), accepted="known")
+    assert conclude([known], controls_ok=True, fail_on=fail_on) == ("warn", 0)
+    assert conclude([known, result("fail")], controls_ok=True, fail_on=fail_on) == ("fail", 1)
 
 
 @pytest.mark.parametrize(
@@ -333,8 +316,8 @@ def test_checks_of_consistency_decide_on_the_exit_code(
     case = Any
     made = [SimpleNamespace(check=check, ok=ok, died=died) for check, ok, died in checks]
     results = [Result(case, "torch@cpu", "current", "pass", gated=True)]  # type: ignore[arg-type]
-    found = summarize(1, results, [], GATED, {}, checks=made, asked=asked)
-    assert (found.verdict, found.exit_code) == (verdict, code)
+    found = conclude(results, controls_ok=True, checks=made, unmade=unmade(made, asked))
+    assert found == (verdict, code)
 
 
 def test_stop_early_ends_after_a_check_that_does_not_hold(tmp_path: Path) -> None:

@@ -22,14 +22,17 @@ from standins import CONSTANT, ENVIRONMENT, OFFSET, facts, result, scenarios, ty
 
 from bnaudit import __version__, audit, building, subject
 from bnaudit.audit import Selected
+from bnaudit.baseline import Baseline
 from bnaudit.cli import cli, main
 from bnaudit.cli.common import Failure
 from bnaudit.cli.run import CHECKS, _available
 from bnaudit.consistency import Consistency
-from bnaudit.report import json_schema, load
+from bnaudit.document import load_as
+from bnaudit.rejudge import Overrides
+from bnaudit.report import ReportError, json_schema, load
 from bnaudit.worker.backends import BACKENDS
 
-COMMANDS = ("run", "list", "compare", "upgrade", "probe", "schema", "doctor")
+COMMANDS = ("run", "list", "show", "check", "compare", "upgrade", "probe", "schema", "doctor")
 
 
 class Outcome:
@@ -338,6 +341,36 @@ def test_an_interrupted_run_saves_what_it_has(invoke: Invoke, mock: Mock) -> Non
     assert outcome.err == "bnaudit: interrupted after 7 results, which are in r.json\n"
     saved = load(Path("r.json"))
     assert (saved.verdict, saved.exit_code, len(saved.results)) == ("interrupted", 130, 7)
+
+
+def test_an_interrupted_run_leaves_its_formats_and_no_half_baseline(
+    invoke: Invoke, mock: Mock
+) -> None:
+    mock.events = [*typical()[:9], KeyboardInterrupt()]
+    outcome = invoke("run", "s.yaml", "--junit", "j.xml", "--write-baseline", "b.yaml", "-q")
+    assert outcome.code == 130
+    assert 'message="interrupted"' in Path("j.xml").read_text()
+    assert not Path("b.yaml").exists()
+
+
+@pytest.mark.parametrize("option", ["--junit", "--sarif", "--markdown", "--html", "--json"])
+def test_a_format_on_stdout_leaves_the_tables_to_stderr(
+    invoke: Invoke, mock: Mock, option: str
+) -> None:
+    outcome = invoke("run", "s.yaml", option, "-", "-q")
+    assert outcome.code == 1
+    assert "FAIL (exit 1)" in outcome.err.splitlines()
+    assert "Gating: torch@cpu" not in outcome.out.splitlines()
+
+
+def test_a_target_that_cannot_be_is_refused_before_anything_runs(
+    invoke: Invoke, mock: Mock
+) -> None:
+    Path("file").write_text("")
+    outcome = invoke("run", "s.yaml", "--sarif", "file/x.sarif")
+    assert outcome.code == 2
+    assert outcome.err.startswith("bnaudit: cannot write file/x.sarif: ")
+    assert not mock.given
 
 
 def test_a_second_interruption_does_not_disturb_the_first(
@@ -700,8 +733,8 @@ def test_a_closed_stdout_and_a_poor_locale_are_survived() -> None:
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def example(language: str) -> str:
-    found = re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def example(language: str, section: str) -> str:
+    found = re.search(rf"^## {section}.*?```{language}\n(.*?)```", README, re.DOTALL | re.MULTILINE)
     assert found is not None
     return found[1]
 
@@ -715,12 +748,21 @@ def test_every_command_backend_and_exit_code_is_documented() -> None:
 
 
 def test_the_scenario_of_the_readme_can_be_loaded(invoke: Invoke) -> None:
-    Path("my.yaml").write_text(example("yaml"))
+    Path("my.yaml").write_text(example("yaml", "Writing a scenario"))
     assert len(invoke("list", "cases", "my.yaml").out.splitlines()) == 24
 
 
+def test_the_thresholds_and_the_baseline_of_the_readme_can_be_loaded(tmp_path: Path) -> None:
+    thresholds, entries = tmp_path / "t.yaml", tmp_path / "b.yaml"
+    thresholds.write_text(example("yaml", "Reports for people and for CI"))
+    entries.write_text("version: 1\nentries:\n" + example("yaml", "Known deviations"))
+    assert load_as(Overrides, thresholds, ReportError).scenarios.keys() == {"large-offset"}
+    (entry,) = load_as(Baseline, entries, ReportError).entries
+    assert str(entry.expires) == "2027-01-31"
+
+
 def test_the_plugin_of_the_readme_passes_an_easy_case(invoke: Invoke) -> None:
-    Path("my_bn.py").write_text(example("python"))
+    Path("my_bn.py").write_text(example("python", "Auditing your own kernel"))
     Path("easy.yaml").write_text(
         "name: easy\ndescription: Nothing hard.\ninput: {distribution: normal}\nshape: [2, 3, 4, 4]\n"
         "mode: [training, inference]\n"

@@ -70,7 +70,7 @@ def test_a_report_has_the_documented_fields(writer: Writer, tmp_path: Path) -> N
     document = read(tmp_path / "report.json")
     assert list(document) == named(
         "schema_version bnaudit_version started duration_seconds command environments cases results "
-        "controls disagreements consistency unmade missing summary verdict exit_code"
+        "controls disagreements consistency unmade missing fail_on places notes summary verdict exit_code"
     )
     assert document["command"] == "bnaudit run 'a b'"
     assert list(document["cases"][0]) == named(
@@ -80,7 +80,7 @@ def test_a_report_has_the_documented_fields(writer: Writer, tmp_path: Path) -> N
     )
     assert list(document["results"][0]) == named(
         "case backend environment status label reason cause finding gated kernel seconds detail "
-        "declarations quantities"
+        "declarations accepted waiver quantities"
     )
     assert list(document["results"][0]["quantities"]["y"]) == named(
         "status label max_abs_error max_sigma_error max_ulp_error bound_ratio tight_ratio floor "

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from bnaudit import __version__
-from bnaudit.cli import catalogue, compare, probe, run, upgrade
+from bnaudit.cli import catalogue, check, compare, probe, run, show, upgrade
 from bnaudit.cli.common import INTERRUPTED, USAGE, Failure
 
 
@@ -69,6 +69,8 @@ for command in (
     run.run,
     compare.compare,
     upgrade.upgrade,
+    show.show,
+    check.check,
     probe.probe,
     catalogue.list_,
     catalogue.schema,

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +25,21 @@ from bnaudit.cli.common import (
     interruptible,
     limits,
 )
+from bnaudit.cli.outputs import Outputs, gate_options, output_options, read_baseline
 
 if TYPE_CHECKING:
     from bnaudit import environments
-    from bnaudit.audit import ControlOutcome, Earlier, Event, Result, Selected
+    from bnaudit.audit import Earlier, Event, Selected
+    from bnaudit.baseline import Baseline
     from bnaudit.progress import CaseProgress
-    from bnaudit.report import CaseRecord, Environment, Report, ResultRecord, Writer
+    from bnaudit.report import (
+        CaseRecord,
+        Environment,
+        FailOn,
+        Report,
+        ResultRecord,
+        Writer,
+    )
     from bnaudit.scenario import Scenario
 
 CHECKS = ("repeat", "threads", "channels", "batch-order", "inference", "backends")
@@ -98,13 +108,8 @@ CHECKS = ("repeat", "threads", "channels", "batch-order", "inference", "backends
     is_flag=True,
     help="Keep what an interrupted run with the same --json FILE has saved, and run the rest.",
 )
-@click.option(
-    "--fail-on",
-    type=click.Choice(["fail", "warn", "never"]),
-    default="fail",
-    show_default=True,
-    help="The deviation that exits with 1.",
-)
+@output_options
+@gate_options
 @click.option("-q", "--quiet", is_flag=True, help="No progress on stderr.")
 @click.option(
     "-v", "--verbose", is_flag=True, help="Every row and every finding, with whole tracebacks."
@@ -123,9 +128,12 @@ def run(
     checks: tuple[str, ...],
     target: str | None,
     resume: bool,
-    fail_on: str,
+    baseline: str | None,
+    write_baseline: str | None,
+    fail_on: FailOn,
     quiet: bool,
     verbose: bool,
+    **formats: str | None,
 ) -> int:
     """Audits backends on the cases of scenarios.
 
@@ -136,6 +144,11 @@ def run(
         raise click.UsageError("-q and -v exclude each other", click.get_current_context())
     if resume and target in (None, "-"):
         raise click.UsageError("--resume takes --json FILE", click.get_current_context())
+    if stop_early and baseline:
+        raise click.UsageError(
+            "-x stops at the first failure, which --baseline may accept: leave out one of them",
+            click.get_current_context(),
+        )
     with explained(verbose), interruptible():
         from bnaudit import config as settings
         from bnaudit.scenario import load
@@ -155,22 +168,31 @@ def run(
             checks=CHECKS if consistency else checks,
             must_check=checks,
             fail_on=fail_on,
+            baseline=read_baseline(baseline),
             path=path,
             resume=resume,
         )
-        screen = Screen(stderr=target == "-", verbose=verbose)
+        outputs = Outputs(target, write_baseline, formats)
+        screen = Screen(stderr=outputs.on_stdout, verbose=verbose, path=target)
         report, writer, end = audit.conduct(screen, quiet=quiet)
         if target == "-":
             sys.stdout.buffer.write(writer.text())
+        try:
+            if end is None:
+                screen.close(report)
+                if path is not None:
+                    screen.say(f"report {path}")
+            elif isinstance(end, BrokenPipeError):
+                raise end
+            else:
+                saved = f", which are in {path}" if path is not None else ""
+                click.echo(
+                    f"bnaudit: interrupted after {len(report.results)} results{saved}", err=True
+                )
+        finally:
+            outputs.write(report)
         if end is None:
-            screen.close(report)
-            if path is not None:
-                screen.say(f"report {path}")
-        elif isinstance(end, BrokenPipeError):
-            raise end
-        else:
-            saved = f", which are in {path}" if path is not None else ""
-            click.echo(f"bnaudit: interrupted after {len(report.results)} results{saved}", err=True)
+            outputs.announce(report, screen.say)
         return report.exit_code
 
 
@@ -181,6 +203,7 @@ class Audit:
     specifications: of other environments, by name; those without a selected backend are not even built.
     backends, required, expression: as given with -b, --require and -k.
     checks: those of consistency that are made; must_check: those that were asked for one by one.
+    baseline: known deviations that are accepted.
     """
 
     scenarios: Sequence[Scenario]
@@ -194,7 +217,8 @@ class Audit:
     stop_early: bool = False
     checks: Sequence[str] = ()
     must_check: Sequence[str] = ()
-    fail_on: str = "fail"
+    fail_on: FailOn = "fail"
+    baseline: Baseline | None = None
     resume: bool = False
 
     def conduct(
@@ -205,7 +229,8 @@ class Audit:
         Returns the report, its writer, and what ended the audit early, if anything did.
         """
         find_cache()
-        from bnaudit import audit, environments, selection
+        from bnaudit import audit, environments, selection, sources
+        from bnaudit import baseline as baselines
         from bnaudit.progress import CaseProgress, watch
         from bnaudit.report import Writer
         from bnaudit.subject import scratch_folder
@@ -229,6 +254,10 @@ class Audit:
             found = subject.environments()
             earlier = self._earlier(found)
             writer = Writer(self.path, ["bnaudit", *sys.argv[1:]])
+            plugins = {
+                b.name: sources.place_of(environments.split(b.name, names)[1]) for b in selected
+            }
+            writer.places = {name: place for name, place in plugins.items() if place is not None}
             current, *rest = map(writer.add_environment, found)
             writer.missing = {
                 b.name: why for b in selected if b.required and (why := reasons[b.name])
@@ -250,20 +279,29 @@ class Audit:
                 earlier=earlier,
             )
             progress = CaseProgress(cases, quiet=quiet)
-            results, controls, end = _follow(events, writer, screen, progress)
+            end = _follow(events, writer, screen, progress)
         writer.unmade = audit.unmade(writer.consistency, self.must_check)
-        summary = audit.summarize(
-            len(writer.cases),
-            results,
-            controls,
-            selected,
-            reasons,
+        writer.fail_on = self.fail_on
+        kept: Sequence[ResultRecord] = writer.results
+        if self.baseline is not None:
+            kept, writer.notes = baselines.accept(
+                self.baseline,
+                kept,
+                writer.cases,
+                writer.environments,
+                today=date.today(),
+                fail_on=self.fail_on,
+            )
+        verdict, code = audit.conclude(
+            kept,
+            controls_ok=all(control.ok for control in writer.controls),
+            missing=writer.missing,
             checks=writer.consistency,
-            asked=self.must_check,
+            unmade=writer.unmade,
             fail_on=self.fail_on,
             interrupted=end is not None,
         )
-        report = writer.finish(summary.verdict, summary.exit_code)
+        report = writer.finish(verdict, code, kept)
         if end is None and len(report.cases) < cases:
             screen.say("stopped at the first gated failure (-x)")
         return report, writer, end
@@ -332,16 +370,14 @@ def _anything(case: str, backend: str) -> bool:
 
 def _follow(
     events: Iterable[Event], writer: Writer, screen: Screen, progress: CaseProgress
-) -> tuple[list[Result], list[ControlOutcome], BaseException | None]:
+) -> BaseException | None:
     """Saves what happens and shows each scenario when it is complete.
 
-    Returns the results, the controls' outcomes, and what ended the audit early, if anything did.
+    Returns what ended the audit early, if anything did.
     """
     from bnaudit.audit import CaseFacts, Result
     from bnaudit.consistency import Consistency, Disagreement
 
-    results: list[Result] = []
-    controls: list[ControlOutcome] = []
     pending: list[ResultRecord] = []
 
     def show() -> None:
@@ -361,33 +397,32 @@ def _follow(
                     writer.add_case(event)
                     progress.case(event.case.id)
                 elif isinstance(event, Result):
-                    results.append(event)
                     pending.append(writer.add_result(event))
                 elif isinstance(event, Disagreement):
                     writer.add_disagreement(event)
                 elif isinstance(event, Consistency):
                     writer.add_consistency(event)
                 else:
-                    controls.append(event)
                     writer.add_control(event)
                     if pending:
                         show()
             if pending:
                 show()
     except (KeyboardInterrupt, BrokenPipeError) as end:
-        return results, controls, end
+        return end
     finally:
         writer.save()
-    return results, controls, None
+    return None
 
 
 class Screen:
     """What a run prints, from the first line to the verdict."""
 
-    def __init__(self, *, stderr: bool, verbose: bool) -> None:
-        """verbose: every row and every finding."""
+    def __init__(self, *, stderr: bool, verbose: bool, path: str | None = None) -> None:
+        """verbose: every row and every finding. path: where the report is saved."""
         self._console = console(stderr=stderr)
         self._verbose = verbose
+        self._path = None if path == "-" else path
         self._has_heading = False
 
     def open(
@@ -440,7 +475,7 @@ class Screen:
         """Prints what follows the table."""
         from bnaudit.render.console import closing
 
-        for part in closing(report, verbose=self._verbose):
+        for part in closing(report, verbose=self._verbose, path=self._path):
             self._console.print(part)
 
     def say(self, text: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from bnaudit.render.words import number
+from bnaudit.render.words import markdown_text, number
 from bnaudit.report import CaseRecord, Environment, Quantity, Report, ResultRecord
 from bnaudit.verdict import LABELS
 
@@ -102,9 +102,12 @@ def accuracy(report: Report) -> str:
         "",
         LEGEND,
         "",
-        *(f"{i}. {_escape(text)}" for text, i in notes.items()),
+        *(f"{i}. {markdown_text(text)}" for text, i in notes.items()),
         "",
-        *(f"{_code(name)} did not run: {_escape(reason or '')}" for name, reason in absent.items()),
+        *(
+            f"{_code(name)} did not run: {markdown_text(reason or '')}"
+            for name, reason in absent.items()
+        ),
         "",
         "<details><summary>The case behind each cell that is degraded or broken</summary>",
         "",
@@ -184,7 +187,7 @@ def _severity(quantity: Quantity) -> tuple[int, int, float, float]:
 def _detail(result: ResultRecord, name: str) -> list[str]:
     quantity = result.quantities.get(name)
     if quantity is None or quantity.worst is None:
-        return [_code(result.case), name, "", "", "", _escape(result.kernel or "")]
+        return [_code(result.case), name, "", "", "", markdown_text(result.kernel or "")]
     worst = quantity.worst
     place = ",".join(map(str, worst.index))
     return [
@@ -193,7 +196,7 @@ def _detail(result: ResultRecord, name: str) -> list[str]:
         number(worst.value, 6),
         number(worst.reference, 6),
         number(quantity.bound_ratio, 2),
-        _escape(result.kernel or ""),
+        markdown_text(result.kernel or ""),
     ]
 
 
@@ -220,7 +223,9 @@ def _environments(environments: Iterable[Environment]) -> list[str]:
             _code(e.name),
             e.python,
             ", ".join(f"{name} {version}" for name, version in e.packages.items() if version),
-            _escape(f"{e.cpu.model or 'an unknown processor'}, {e.cpu.isa or 'no vector units'}"),
+            markdown_text(
+                f"{e.cpu.model or 'an unknown processor'}, {e.cpu.isa or 'no vector units'}"
+            ),
             str(e.threads),
         ]
         for e in environments
@@ -235,10 +240,3 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _code(text: str) -> str:
     return f"`{' '.join(text.replace('`', chr(39)).replace('|', '¦').split())}`"
-
-
-def _escape(text: str) -> str:
-    """Text that stays text in a table's cell, on one line."""
-    for sign in "\\`*_[]<>|":
-        text = text.replace(sign, f"\\{sign}")
-    return " ".join(text.split())

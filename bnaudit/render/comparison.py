@@ -6,7 +6,6 @@ regression, the first few.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -15,7 +14,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from bnaudit.compare import KINDS, Change, Comparison, Kind, QuantityChange, Side
-from bnaudit.render.words import Hanging, label, number
+from bnaudit.render.words import Hanging, label, markdown_text, number
 from bnaudit.report import CaseRecord, Quantity
 
 FEW = 10
@@ -94,9 +93,9 @@ def markdown(found: Comparison, cases: Mapping[str, CaseRecord]) -> str:
         "",
         f"{_verdict(found)[0].upper()}{_verdict(found)[1:]}. {_counts(found)}.",
         "",
-        f"- OLD: {_escape(_side(found.old))}",
-        f"- NEW: {_escape(_side(found.new))}",
-        *(f"- {_escape(line)}" for line in _remarks(found)),
+        f"- OLD: {markdown_text(_side(found.old))}",
+        f"- NEW: {markdown_text(_side(found.new))}",
+        *(f"- {markdown_text(line)}" for line in _remarks(found)),
     ]
     for kind, changes in _by_kind(found):
         shown = _shown(changes)
@@ -107,12 +106,12 @@ def markdown(found: Comparison, cases: Mapping[str, CaseRecord]) -> str:
             case = label(cases[change.case])
             remark = "; ".join(_details(change))
             cells = change.scenario, _backend(change), case, *_cells(change), remark
-            lines.append(f"| {' | '.join(map(_escape, cells))} |")
+            lines.append(f"| {' | '.join(map(markdown_text, cells))} |")
         if len(shown) < len(changes):
             lines += ["", f"and {len(changes) - len(shown)} more"]
     for heading, texts in _checks(found):
         lines += ["", f"### {heading[0].upper()}{heading[1:]}: {len(texts)}", ""]
-        lines += [f"- {_escape(text)}" for text in texts]
+        lines += [f"- {markdown_text(text)}" for text in texts]
     return "\n".join(lines) + "\n"
 
 
@@ -284,7 +283,3 @@ def _verdict(found: Comparison) -> str:
     elif regressions:
         text += f" but of {len(regressions)} specimens' results"
     return text
-
-
-def _escape(text: str) -> str:
-    return " ".join(re.sub(r"([\\|*`<\[\]])", r"\\\1", text).split())

@@ -6,8 +6,8 @@ first row (`Layout`), so that a scenario's rows can be shown as soon as it is co
 
 from __future__ import annotations
 
-import math
 import re
+import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,15 +20,24 @@ from rich.text import Text
 
 from bnaudit import __version__
 from bnaudit.render.consistency import consistency
-from bnaudit.render.words import Hanging, axes, brief, label, number
-from bnaudit.report import RAN, CaseRecord, Environment, Quantity, Report, ResultRecord
-from bnaudit.verdict import NOT_REPEATABLE
+from bnaudit.render.findings import (
+    SEVERITY,
+    Finding,
+    Neighbours,
+    bound,
+    clusters,
+    count,
+    evidence,
+    listed,
+    off_by,
+    worst_quantity,
+    worst_result,
+)
+from bnaudit.render.words import Hanging, brief, label, number
+from bnaudit.report import RAN, CaseRecord, Environment, Report, ResultRecord
 
 if TYPE_CHECKING:
     from bnaudit.doctor import Entry
-
-SEVERITY = ("pass", "warn", "fail", "timeout", "crash")
-"""Statuses of results that ran, from best to worst."""
 
 STYLES = {
     "pass": "green",
@@ -40,9 +49,6 @@ STYLES = {
 
 VERDICT_STYLES = {"pass": "bold green", "warn": "bold yellow"}
 
-VERBS = {"pass": ("passes", "pass"), "warn": ("only warns", "only warn")}
-"""What a better sibling of a failing case does: one, several."""
-
 WIDE = 120
 """Columns of the terminal from which kernel, floor and condition number have room."""
 
@@ -51,9 +57,6 @@ OFF_BY, BOUND, FLOOR, CONDITION, KERNEL = 9, 6, 7, 9, 14
 
 NARROW = 12
 """What is left of a scenario's name at least, where there is room for that."""
-
-MANY_ULPS = 1e9
-"""More units in the last place than this say nothing: the right value is next to 0."""
 
 DETAIL_LINES = 6
 """Lines of a traceback that a finding shows; all of them with -v."""
@@ -113,8 +116,8 @@ def opening(
         f"bnaudit {__version__}",
         f"Python {environment.python}",
         *([f"torch {torch}"] if torch else []),
-        _count(environment.threads, "thread"),
-        _count(cases, "case"),
+        count(environment.threads, "thread"),
+        count(cases, "case"),
     ]
     yield Hanging("", ", ".join(parts))
     yield Hanging("Gating: ", ", ".join(gated) or "nothing")
@@ -161,7 +164,7 @@ def rows(
     for group in groups.values():
         (ran if any(r.status in RAN for r in group) else absent).append(group)
     ran.sort(key=lambda group: not group[0].gated)
-    green = [group for group in ran if _worst(group).status == "pass"]
+    green = [group for group in ran if worst_result(group).status == "pass"]
     shown = ran if verbose else [group for group in ran if group not in green]
     lines = [_row(layout, group, cases) for group in shown]
     if verbose:
@@ -191,31 +194,37 @@ def hidden_scenarios(report: Report) -> Text | None:
     silent = sum(severity < 0 for severity in worst.values())
     parts = []
     if passing:
-        parts.append(f"{_count(passing, 'scenario')} {'passes' if passing == 1 else 'pass'}")
+        parts.append(f"{count(passing, 'scenario')} {'passes' if passing == 1 else 'pass'}")
     if silent:
-        parts.append(f"{_count(silent, 'scenario')} ran on no backend")
+        parts.append(f"{count(silent, 'scenario')} ran on no backend")
     if not parts:
         return None
     return Text(f" {' and '.join(parts)} (-v lists {'it' if passing + silent == 1 else 'them'})")
 
 
-def findings(report: Report, *, verbose: bool = False) -> list[RenderableType]:
-    """The numbered findings: gated ones in full, of each specimen only the first; all when verbose."""
-    context = _Context(report)
-    clusters: dict[int, list[ResultRecord]] = {}
-    for result in report.results:
-        if result.finding is not None:
-            clusters.setdefault(result.finding, []).append(result)
+def findings(
+    report: Report, *, verbose: bool = False, path: str | None = None
+) -> list[RenderableType]:
+    """The numbered findings: gated ones in full, accepted ones in a line, of each specimen only the first.
+
+    verbose: all in full. path: where the report is, for the command that shows more.
+    """
+    neighbours = Neighbours(report)
     blocks: list[RenderableType] = []
-    specimens: dict[str, list[ResultRecord]] = {}
-    for _, cluster in sorted(clusters.items()):
-        if cluster[0].gated or verbose:
-            blocks.append(_finding(_worst(cluster), len(cluster), context, verbose))
+    accepted: list[RenderableType] = []
+    specimens: dict[str, list[Finding]] = {}
+    for finding in clusters(report):
+        if verbose or (finding.worst.gated and finding.worst.accepted is None):
+            blocks.append(_finding(finding, neighbours, verbose, path))
+        elif finding.worst.gated:
+            accepted.append(_accepted(finding))
         else:
-            specimens.setdefault(cluster[0].backend, []).append(cluster[0])
+            specimens.setdefault(finding.worst.backend, []).append(finding)
+    if accepted:
+        blocks.append(Group(*accepted))
     if specimens:
-        ordered = sorted(specimens.values(), key=lambda firsts: _telling(firsts).finding or 0)
-        blocks.append(Group(*[_specimen(firsts, context) for firsts in ordered]))
+        ordered = sorted(specimens.values(), key=lambda found: _telling(found).number)
+        blocks.append(Group(*[_specimen(found, neighbours.cases) for found in ordered]))
     return blocks
 
 
@@ -248,6 +257,9 @@ def counts(report: Report) -> str:
         whose = "all" if specimens == summary.fail else f"{specimens} of them"
         failed = f"{summary.fail} fail"
         parts[parts.index(failed)] = f"{failed} ({whose} specimens)"
+    accepted = sum(r.accepted is not None for r in report.results)
+    if accepted:
+        parts.append(f"{accepted} of these accepted by the baseline")
     text = f"{summary.ran} of {summary.results} ran"
     if parts:
         text += f": {', '.join(parts)}"
@@ -260,7 +272,7 @@ def counts(report: Report) -> str:
 
 def verdict(report: Report) -> Text:
     """The last word: "FAIL (exit 1)"."""
-    failed = any(r.gated and r.status == "fail" for r in report.results)
+    failed = any(r.gated and r.status == "fail" and r.accepted is None for r in report.results)
     inconsistent = any(record.ok is False for record in report.consistency)
     code = f"exit {report.exit_code}"
     reason = ""
@@ -284,18 +296,22 @@ def verdict(report: Report) -> Text:
     return text.append(reason, style="not bold")
 
 
-def closing(report: Report, *, verbose: bool = False) -> Iterator[RenderableType]:
-    """All that follows the table, each part a renderable."""
+def closing(
+    report: Report, *, verbose: bool = False, path: str | None = None
+) -> Iterator[RenderableType]:
+    """All that follows the table, each part a renderable. path: where the report was saved."""
     hidden = hidden_scenarios(report)
     if hidden is not None and not verbose:
         yield hidden
-    for finding in findings(report, verbose=verbose):
+    for finding in findings(report, verbose=verbose, path=path):
         yield ""
         yield finding
     yield ""
     yield from controls(report)
     yield from consistency(report, verbose=verbose)
     yield from gaps(report)
+    for note in report.notes:
+        yield Hanging("", Text(note, "yellow"))
     yield Hanging("", counts(report))
     if verbose or not report.summary.ran:
         reasons = Counter(r.reason for r in report.results if r.status == "unsupported")
@@ -303,6 +319,32 @@ def closing(report: Report, *, verbose: bool = False) -> Iterator[RenderableType
             yield Hanging("  ", f"{number} unsupported: {reason or 'no reason given'}")
     yield Hanging("", verdict(report))
     yield Hanging("", Text(KEY, style="dim"))
+
+
+def whole(
+    report: Report, width: int, *, verbose: bool = False, path: str | None = None
+) -> Iterator[RenderableType]:
+    """All that a run prints, of a report that is complete. width: the terminal's."""
+    cases = {case.id: case for case in report.cases}
+    by_scenario: dict[str, list[ResultRecord]] = {case.scenario: [] for case in report.cases}
+    for result in report.results:
+        by_scenario[cases[result.case].scenario].append(result)
+    sizes = Counter(case.scenario for case in report.cases)
+    gated = {r.backend: None for r in report.results if r.gated and r.status != "unavailable"}
+    specimens = any(not r.gated for r in report.results)
+    for environment in report.environments[:1]:
+        yield from opening(environment, len(cases), list(gated), report.missing, specimens)
+    for other in report.environments[1:]:
+        yield Hanging("", Text(f"{other.name}: {other.summary()}", "dim"))
+    backends = {result.backend for result in report.results}
+    layout = Layout.fit(width, by_scenario, backends, max(sizes.values(), default=0))
+    lines = [
+        line for own in by_scenario.values() for line in rows(layout, own, cases, verbose=verbose)
+    ]
+    if lines:
+        yield heading(layout)
+        yield from lines
+    yield from closing(report, verbose=verbose, path=path)
 
 
 def backend_list(
@@ -350,26 +392,23 @@ def examination(entries: Iterable[Entry]) -> RenderableType:
 
 
 def _row(layout: Layout, group: Sequence[ResultRecord], cases: Mapping[str, CaseRecord]) -> Text:
-    worst = _worst(group)
+    new = [r for r in group if r.accepted is None and r.status in SEVERITY[2:]]
+    worst = worst_result(new or group)
     case = cases[worst.case]
     ran = sum(r.status in RAN for r in group)
     same = sum(r.status == worst.status for r in group)
-    word = (
-        worst.status.upper()
-        if worst.gated and worst.status not in ("pass", "warn")
-        else worst.status
-    )
+    word = worst.status.upper() if worst.gated and new else worst.status
     name, quantity = worst_quantity(worst)
     prefix = "" if name in ("y", "") else f"{name} "
     style = STYLES[worst.status]
-    if worst.gated and worst.status != "pass":
+    if worst.gated and worst.status != "pass" and worst.accepted is None:
         style += " bold"
     return _line(
         layout,
         backend=Text(_shorten(worst.backend, layout.backend)),
         worst=Text(prefix + brief(case, layout.worst - len(prefix))),
         off_by=Text(off_by(name, quantity)),
-        bound=Text(_bound(quantity)),
+        bound=Text(bound(quantity)),
         status=_status(layout, f"{word} {same}/{ran}", worst.gated, style),
         floor=Text(number(None if quantity is None else quantity.floor, 2)),
         condition=Text(number(case.condition_number, 2)),
@@ -478,178 +517,74 @@ def _shorten(name: str, width: int) -> str:
 # --- findings --------------------------------------------------------------------------------------
 
 
-class _Context:
-    """What a finding is compared with: the same case in other memory formats and on other backends."""
-
-    def __init__(self, report: Report) -> None:
-        self.cases = {case.id: case for case in report.cases}
-        self._results = {(r.case, r.backend, r.environment): r for r in report.results}
-        self._twins: dict[tuple[object, ...], list[CaseRecord]] = {}
-        for case in report.cases:
-            self._twins.setdefault(self._twin_key(case), []).append(case)
-        self._specimens = {r.backend: r.environment for r in report.results if not r.gated}
-
-    def _twin_key(self, case: CaseRecord) -> tuple[object, ...]:
-        own = axes(case)
-        own.pop("memory_format", None)
-        return (case.scenario, *own.items())
-
-    def comparisons(self, result: ResultRecord) -> list[str]:
-        """Such as "contiguous only warns" and "exact@cpu passes"; only where others do better."""
-        case = self.cases[result.case]
-        texts = []
-        formats: dict[str, list[str]] = {}
-        for twin in self._twins[self._twin_key(case)]:
-            other = self._results.get((twin.id, result.backend, result.environment))
-            if other is not None and other.status in VERBS:
-                formats.setdefault(other.status, []).append(twin.memory_format)
-        for status, names in formats.items():
-            texts.append(f"{_list(names)} {VERBS[status][len(names) > 1]}")
-        passing = [
-            backend
-            for backend, environment in self._specimens.items()
-            if (other := self._results.get((case.id, backend, environment))) is not None
-            and other.status == "pass"
-        ]
-        if passing:
-            texts.append(f"{_list(passing[:3])} {VERBS['pass'][len(passing[:3]) > 1]}")
-        return texts
-
-
-def _finding(worst: ResultRecord, size: int, context: _Context, verbose: bool) -> RenderableType:
-    case = context.cases[worst.case]
-    word = worst.status.upper() if worst.gated else f"({worst.status})"
-    style = f"bold {STYLES[worst.status]}" if worst.gated else "dim"
+def _finding(
+    finding: Finding, neighbours: Neighbours, verbose: bool, path: str | None
+) -> RenderableType:
+    worst, case = finding.worst, finding.case
+    red = worst.gated and worst.accepted is None
+    word = worst.status.upper() if red else _lower(worst)
+    style = f"bold {STYLES[worst.status]}" if red else "dim"
     body = [
         Text.assemble((word, style), f" {worst.backend} {case.scenario} {label(case)}".rstrip()),
-        *_evidence(worst),
+        *map(Text, evidence(worst)),
     ]
+    if worst.accepted is not None:
+        body.append(Text(f"accepted: {worst.accepted}"))
+    if worst.waiver is not None:
+        body.append(Text(f"not accepted: {worst.waiver}"))
     last = []
     if worst.cause is not None:
         last.append(f"cause {worst.cause}")
-    last += context.comparisons(worst)
-    if size > 1:
-        last.append(f"the worst of {size} cases")
+    last += neighbours.comparisons(worst)
+    if len(finding.results) > 1:
+        last.append(f"the worst of {len(finding.results)} cases")
     if verbose and worst.kernel is not None:
         last.append(f"kernel {worst.kernel}")
+    if path is not None:
+        last.append(f"bnaudit show {shlex.quote(path)} {finding.number}")
     if last:
         body.append(Text(" · ".join(last)))
     if worst.detail:
         lines = worst.detail.rstrip().splitlines()
         shown = lines if verbose else lines[-DETAIL_LINES:]
         body += [Text(line.expandtabs(4), style="dim") for line in shown]
-    return Hanging(Text(f"[{worst.finding}] ", "bold"), *body)
+    return Hanging(Text(f"[{finding.number}] ", "bold"), *body)
 
 
-def _evidence(result: ResultRecord) -> Iterator[Text]:
-    name, quantity = worst_quantity(result)
-    reason = result.reason or ""
-    if quantity is None or quantity.worst is None or result.status == "warn":
-        if reason:
-            yield Text(reason)
-        return
-    value, right = _apart(quantity.worst.value, quantity.worst.reference)
-    index = ",".join(str(i) for i in quantity.worst.index)
-    text = f"{name}[{index}] = {value}, should be {right}"
-    if quantity.reason:
-        text += f"; {quantity.reason}"
-    yield Text(text)
-    others = [
-        f"{other} {off_by(other, found)}"
-        for other, found in result.quantities.items()
-        if other != name and found.status == "fail"
-    ]
-    if others:
-        yield Text(f"also off: {', '.join(others)}")
-    _, again, difference = reason.partition(NOT_REPEATABLE)
-    if again:
-        yield Text(again + difference)
+def _lower(result: ResultRecord) -> str:
+    """The status of what does not make the report red: in parentheses that of a specimen."""
+    return result.status if result.gated else f"({result.status})"
 
 
-def _specimen(firsts: Sequence[ResultRecord], context: _Context) -> RenderableType:
-    first = _telling(firsts)
-    case = context.cases[first.case]
+def _accepted(finding: Finding) -> RenderableType:
+    worst, case = finding.worst, finding.case
+    text = (
+        f"{worst.status} {worst.backend} {case.scenario} {label(case)}: accepted: {worst.accepted}"
+    )
+    if len(finding.results) > 1:
+        text += f" (the worst of {len(finding.results)} cases)"
+    return Hanging(Text(f"[{finding.number}] ", style="dim"), Text(text, style="dim"))
+
+
+def _specimen(found: Sequence[Finding], cases: Mapping[str, CaseRecord]) -> RenderableType:
+    finding = _telling(found)
+    first = finding.results[0]
+    case = cases[first.case]
     text = f"({first.status}) {first.backend} {case.scenario} {label(case)}"
-    evidence = next(_evidence(first), None)
-    if evidence is not None:
-        text += f": {evidence.plain.partition(';')[0]}"
-    if len(firsts) > 1:
-        text += f" (and {_count(len(firsts) - 1, 'more finding')}, -v)"
-    return Hanging(Text(f"[{first.finding}] ", style="dim"), Text(text, style="dim"))
+    fault = next(evidence(first), None)
+    if fault is not None:
+        text += f": {fault.partition(';')[0]}"
+    if len(found) > 1:
+        text += f" (and {count(len(found) - 1, 'more finding')}, -v)"
+    return Hanging(Text(f"[{finding.number}] ", style="dim"), Text(text, style="dim"))
 
 
-def _telling(firsts: Sequence[ResultRecord]) -> ResultRecord:
+def _telling(found: Sequence[Finding]) -> Finding:
     """The first in which y is off, which says more than a statistic."""
-    return next((r for r in firsts if worst_quantity(r)[0] == "y"), firsts[0])
-
-
-def _apart(value: float, reference: float) -> tuple[str, str]:
-    """Both numbers with as many digits as it takes to tell them apart, three at least."""
-    for digits in (3, 6, 9, 17):
-        texts = number(value, digits), number(reference, digits)
-        if texts[0] != texts[1]:
-            break
-    return texts
+    return next((f for f in found if worst_quantity(f.results[0])[0] == "y"), found[0])
 
 
 # --- numbers and names -----------------------------------------------------------------------------
-
-
-def _worst(results: Iterable[ResultRecord]) -> ResultRecord:
-    """The worst of the results that ran: by status, then by y, in standard deviations, then by bound."""
-
-    def severity(result: ResultRecord) -> tuple[float, ...]:
-        name, quantity = worst_quantity(result)
-        if quantity is None:
-            return (SEVERITY.index(result.status), 0, 0, 0)
-        sigma = math.inf if quantity.nonfinite else quantity.max_sigma_error
-        return (
-            SEVERITY.index(result.status),
-            name == "y",
-            _comparable(sigma),
-            _comparable(quantity.bound_ratio),
-        )
-
-    return max((r for r in results if r.status in RAN), key=severity)
-
-
-def worst_quantity(result: ResultRecord) -> tuple[str, Quantity | None]:
-    """The quantity that decides a result's status: y if it is one of those, else the farthest off."""
-    if not result.quantities:
-        return "", None
-    return max(
-        result.quantities.items(),
-        key=lambda item: (
-            SEVERITY.index(item[1].status),
-            item[0] == "y",
-            _comparable(item[1].bound_ratio),
-        ),
-    )
-
-
-def _comparable(value: float | None) -> float:
-    if value is None:
-        return 0.0
-    return math.inf if math.isnan(value) else value
-
-
-def off_by(name: str, quantity: Quantity | None) -> str:
-    """How far off: y in standard deviations, a per-channel quantity in ulp, grad_input as it is."""
-    if quantity is None:
-        return "-"
-    if quantity.nonfinite and quantity.worst is not None:
-        return number(quantity.worst.value, 2)
-    if name == "y" and quantity.max_sigma_error is not None:
-        sigma = quantity.max_sigma_error
-        return f"{number(sigma, 3 if sigma >= 1e-3 else 2)} σ"
-    ulps = quantity.max_ulp_error
-    if name not in ("y", "grad_input") and ulps is not None and ulps <= MANY_ULPS:
-        return f"{number(ulps, 2)} ulp"
-    return number(quantity.max_abs_error, 3)
-
-
-def _bound(quantity: Quantity | None) -> str:
-    return number(None if quantity is None else quantity.bound_ratio, 2)
 
 
 def _absences(results: Sequence[ResultRecord]) -> str:
@@ -663,11 +598,11 @@ def _absences(results: Sequence[ResultRecord]) -> str:
 
 
 def _incomplete(report: Report) -> str:
-    gated = [r for r in report.results if r.gated]
+    gated = [r for r in report.results if r.gated and r.accepted is None]
     died = Counter(r.backend for r in gated if r.status in ("crash", "timeout"))
     died.update(record.backend for record in report.consistency if record.died)
     if died:
-        return ", ".join(f"{name} died in {_count(n, 'case')}" for name, n in died.items())
+        return ", ".join(f"{name} died in {count(n, 'case')}" for name, n in died.items())
     if report.missing:
         return f"asked for and unavailable: {', '.join(report.missing)}"
     return f"asked for and checked in no case: {', '.join(report.unmade)}"
@@ -693,9 +628,9 @@ def gaps(report: Report) -> Iterator[RenderableType]:
         )
         if absent:
             parts = [
-                f"{name} in {n} of {_count(len(measured), 'case')}" for name, n in absent.items()
+                f"{name} in {n} of {count(len(measured), 'case')}" for name, n in absent.items()
             ]
-            yield Hanging("", f"not judged, because {backend} did not return them: {_list(parts)}")
+            yield Hanging("", f"not judged, because {backend} did not return them: {listed(parts)}")
 
 
 def _owed(case: CaseRecord) -> Iterator[str]:
@@ -705,11 +640,3 @@ def _owed(case: CaseRecord) -> Iterator[str]:
         yield "running_var"
     if case.backward:
         yield "grad_input"
-
-
-def _list(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -25,7 +25,7 @@ from typing import Any, get_args
 
 from rich.console import Console, RenderableType
 
-from bnaudit.render import console
+from bnaudit.render import console, findings
 from bnaudit.render.words import label, number
 from bnaudit.report import (
     CaseRecord,
@@ -155,12 +155,12 @@ def _result_row(
     result: ResultRecord, positions: Mapping[str, int], quantities: Sequence[str]
 ) -> list[Any]:
     record = result.model_dump(mode="json", include=set(RESULT_FIELDS))
-    name, worst = console.worst_quantity(result)
+    name, worst = findings.worst_quantity(result)
     return [
         positions[result.case],
         *(record[field] for field in RESULT_FIELDS),
         name,
-        console.off_by(name, worst),
+        findings.off_by(name, worst),
         [_quantity_row(quantities.index(key), q) for key, q in result.quantities.items()],
     ]
 

@@ -16,6 +16,11 @@ CONSTANT_INPUT = re.compile(r"constant\(value=([^(),]*)\)")
 CALL = re.compile(r"(\w*)\((.*)\)")
 """An axis value with fields: normal(mean=1,std=2), (mean=0,var=1)."""
 
+MARKUP = re.compile(
+    r"[\\|*`\[\]#~$<&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^>|^[-+](?=[-+ ])|(?<=^\d)[.)](?= )"
+)
+"""What Markdown may take for more than text; _ only where it is not inside a word."""
+
 NUMBER = re.compile(r"(?<![\w.])-?\d+\.?\d*(e[+-]?\d+)?(?![\w.])")
 
 
@@ -120,3 +125,9 @@ def brief(case: CaseRecord, width: int) -> str:
         if len(longer) <= width or not text:
             text = longer
     return text
+
+
+def markdown_text(text: str) -> str:
+    """Text on one line that Markdown shows as it is, in a table as well; no HTML comes of it."""
+    line = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
+    return MARKUP.sub(r"\\\g<0>", line)

@@ -177,17 +177,36 @@ def split(backend: str, environments: Sequence[str]) -> tuple[str, str]:
     return (name, rest) if colon and name in environments else (CURRENT, backend)
 
 
+class Missing:
+    """In place of the subject of an environment that could not be built: nothing of it is available."""
+
+    def __init__(self, reason: str) -> None:
+        """reason: why, in a sentence."""
+        self._reason = reason
+
+    def environment(self) -> dict[str, Any]:
+        """Raises SubjectError."""
+        raise SubjectError(self._reason)
+
+    def describe(self, backends: Sequence[str]) -> dict[str, str | None]:
+        """The reason, for every backend."""
+        return dict.fromkeys(backends, self._reason)
+
+
 class Subjects:
     """Subjects of several environments as one: backends outside the current one are named ENV:BACKEND."""
 
-    def __init__(self, subjects: Mapping[str, Subject]) -> None:
-        """subjects: by the environment's name, CURRENT among them."""
-        self._subjects = subjects
+    def __init__(
+        self, subjects: Mapping[str, Subject], missing: Mapping[str, Missing] | None = None
+    ) -> None:
+        """subjects: by the environment's name, CURRENT among them; missing: those that there are not."""
+        self._running = subjects
+        self._subjects: dict[str, Subject | Missing] = {**subjects, **(missing or {})}
 
     @property
     def threads(self) -> int:
         """Threads of every backend."""
-        return self._subjects[CURRENT].threads
+        return self._running[CURRENT].threads
 
     def environment_of(self, backend: str) -> str:
         """The name of the environment in which a backend runs."""
@@ -222,7 +241,7 @@ class Subjects:
     def run(self, backend: str, case: Case, inputs: Inputs) -> Reply:
         """Runs one case on one backend where that lives."""
         name, rest = split(backend, list(self._subjects))
-        return self._subjects[name].run(rest, case, inputs)
+        return self._running[name].run(rest, case, inputs)
 
 
 AnySubject: TypeAlias = Subject | Subjects

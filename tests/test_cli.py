@@ -546,6 +546,21 @@ def test_an_environment_that_does_not_start_costs_its_own_rows_only(
     assert "2 of 4 ran: 2 pass; 2 unavailable" in outcome.out
 
 
+def test_an_environment_that_cannot_be_built_costs_its_own_rows_only(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    (tmp_path / "small.yaml").write_text(OFFSET)
+    given = ("--env", "a=no-such-package==1", "--env", f"b={sys.executable}", "-q")
+    outcome = invoke("run", "small.yaml", *given, "-b", "a:exact", "-b", "b:exact")
+    assert outcome.code == 3
+    assert "no-such-package" in outcome.err
+    assert "a cannot be built" in outcome.err
+    assert "asked for and unavailable: a:exact@cpu" in outcome.out
+    assert "2 of 4 ran: 2 pass; 2 unavailable" in outcome.out
+
+
 def test_environments_of_the_settings_are_part_of_a_run(invoke: Invoke, tmp_path: Path) -> None:
     (tmp_path / "small.yaml").write_text(OFFSET)
     settings = f"environments: {{other: {sys.executable}, unused: no/such/python}}"

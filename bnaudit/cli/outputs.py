@@ -22,6 +22,7 @@ FORMATS = {
     "sarif": "SARIF 2.1.0",
     "markdown": "Markdown",
     "html": "a page of HTML",
+    "accuracy": "a table of accuracy in Markdown",
 }
 
 SUMMARY_BYTES = 1 << 20
@@ -31,7 +32,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def output_options(command: Command) -> Command:
-    """Adds --junit, --sarif, --markdown and --html."""
+    """Adds an option for each of FORMATS."""
     for name, words in reversed(FORMATS.items()):
         help_ = f"Save the report as {words}; - for stdout."
         command = click.option(f"--{name}", metavar="FILE", help=help_)(command)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from bnaudit import environments
     from bnaudit.audit import Earlier, Event, Selected
     from bnaudit.baseline import Baseline
+    from bnaudit.building import Watch
     from bnaudit.progress import CaseProgress
     from bnaudit.report import (
         CaseRecord,
@@ -240,16 +241,15 @@ class Audit:
         selected = selection.select(self.backends, self.required, BACKENDS, names)
         matches = _anything if self.expression is None else selection.matcher(self.expression)
         used = {environments.split(backend.name, names)[0] for backend in selected}
-        places = [
-            environments.resolve(name, spec, watch(quiet=quiet))
-            for name, spec in self.specifications.items()
-            if name in used
-        ]
+        places, unbuilt = _resolved(
+            {name: spec for name, spec in self.specifications.items() if name in used},
+            watch(quiet=quiet),
+        )
         with scratch_folder() as scratch, contextlib.ExitStack() as stack:
-            subject = self._start(self.threads, places, scratch, stack)
-            other = self._start(1 if self.threads > 1 else 2, places, scratch, stack)
+            subject = self._start(self.threads, places, unbuilt, scratch, stack)
+            other = self._start(1 if self.threads > 1 else 2, places, unbuilt, scratch, stack)
             reasons = subject.describe([backend.name for backend in selected])
-            if places and not self.backends:
+            if self.specifications and not self.backends:
                 selected = _available(selected, reasons, names)
             found = subject.environments()
             earlier = self._earlier(found)
@@ -323,6 +323,7 @@ class Audit:
         self,
         threads: int,
         places: Sequence[environments.Environment],
+        unbuilt: Mapping[str, environments.Missing],
         scratch: Path,
         stack: contextlib.ExitStack,
     ) -> environments.AnySubject:
@@ -331,13 +332,35 @@ class Audit:
 
         make = functools.partial(Subject, threads=threads, timeout=self.timeout, scratch=scratch)
         current = stack.enter_context(make())
-        if not places:
+        if not places and not unbuilt:
             return current
         others = {
             place.name: stack.enter_context(make(name=place.name, command=place.command))
             for place in places
         }
-        return Subjects({CURRENT: current, **others})
+        return Subjects({CURRENT: current, **others}, unbuilt)
+
+
+def _resolved(
+    specifications: Mapping[str, str], watch: Watch
+) -> tuple[list[environments.Environment], dict[str, environments.Missing]]:
+    """The environments, and those that cannot be built, which cost only what was to run in them.
+
+    Raises BuildError where there is no other.
+    """
+    from bnaudit.building import BuildError
+    from bnaudit.environments import Missing, resolve
+
+    places, missing = [], {}
+    for name, spec in specifications.items():
+        try:
+            places.append(resolve(name, spec, watch))
+        except BuildError as error:
+            if len(specifications) == 1:
+                raise
+            click.echo(f"{error.output}\nbnaudit: {error}", err=True)
+            missing[name] = Missing(str(error))
+    return places, missing
 
 
 def _available(

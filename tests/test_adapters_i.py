@@ -1,13 +1,12 @@
 """The adapters of ONNX Runtime, Chainer, MXNet, MLX, tinygrad and Paddle, in environments of their own.
 
-BNAUDIT_ENVS names a folder of virtual environments; one without the framework's is skipped.
+See `frameworks` for where these are.
 """
 
 from __future__ import annotations
 
 import importlib
 import itertools
-import os
 import sys
 import types
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 from correct import Array, prepare
 from correct import outputs as right_outputs
+from frameworks import Environments, command, environments
 
 from bnaudit.subject import Reply, Subject, scratch_folder
 from bnaudit.worker.backends import (
@@ -30,7 +30,6 @@ from bnaudit.worker.backends import (
 )
 from bnaudit.worker.rounding import widen
 
-VARIABLE = "BNAUDIT_ENVS"
 HALF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 GRADIENTS = {"grad_input", "grad_weight", "grad_bias"}
@@ -92,32 +91,11 @@ ASYMMETRIC = {
 SHAPES = {2: "9, 3", 3: "4, 3, 7", 4: "4, 3, 5, 6", 5: "2, 3, 2, 3, 4"}
 
 
-def python(framework: str) -> Path:
-    """The framework's interpreter, or a skip."""
-    envs = os.environ.get(VARIABLE)
-    if not envs:
-        pytest.skip(f"{VARIABLE} does not name a folder of environments")
-    found = Path(envs) / framework / "bin" / "python"
-    if not found.exists():
-        pytest.skip(f"there is no {found}")
-    return found
-
-
 @pytest.fixture(scope="module")
-def subjects() -> Iterator[dict[str, Subject]]:
-    """Subjects by framework, each made when it is first asked for."""
-    with scratch_folder() as scratch:
-        made = {
-            name: Subject(
-                name=name,
-                command=[str(Path(os.environ.get(VARIABLE, "")) / name / "bin" / "python")],
-                scratch=scratch,
-            )
-            for name in FRAMEWORKS
-        }
+def subjects() -> Iterator[Environments]:
+    """Subjects by framework."""
+    with environments() as made:
         yield made
-        for subject in made.values():
-            subject.close()
 
 
 def fields(**changes: str) -> str:
@@ -125,12 +103,11 @@ def fields(**changes: str) -> str:
     return "".join(f"{name}: {text}\n" for name, text in {**ASYMMETRIC, **changes}.items())
 
 
-def run(subjects: dict[str, Subject], framework: str, folder: Path, text: str) -> Reply:
-    python(framework)
+def run(subjects: Environments, framework: str, folder: Path, text: str) -> Reply:
     return subjects[framework].run(f"{framework}@cpu", *prepare(folder, text))
 
 
-def done(subjects: dict[str, Subject], framework: str, folder: Path, text: str) -> Reply:
+def done(subjects: Environments, framework: str, folder: Path, text: str) -> Reply:
     reply = run(subjects, framework, folder, text)
     assert (reply.outcome, reply.reason) == ("done", None), reply.detail
     return reply
@@ -162,9 +139,9 @@ EVERY = [
 
 @pytest.mark.parametrize(("name", "rank", "dtype", "kind"), EVERY)
 def test_every_kind_of_case_gives_the_right_quantities_or_a_refusal(
-    subjects: dict[str, Subject], tmp_path: Path, name: str, rank: int, dtype: str, kind: str
+    subjects: Environments, tmp_path: Path, name: str, rank: int, dtype: str, kind: str
 ) -> None:
-    python(name)
+    command(name)
     framework = FRAMEWORKS[name]
     text = fields(shape=f"[{SHAPES[rank]}]", dtype=dtype, **KINDS[kind])
     case, inputs = prepare(tmp_path, text)
@@ -191,9 +168,9 @@ def test_every_kind_of_case_gives_the_right_quantities_or_a_refusal(
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_other_conventions_would_be_noticed(
-    subjects: dict[str, Subject], tmp_path: Path, name: str
+    subjects: Environments, tmp_path: Path, name: str
 ) -> None:
-    python(name)
+    command(name)
     correction = FRAMEWORKS[name].correction
     reply = done(subjects, name, tmp_path, fields(shape="[4, 3, 5, 6]"))
     for momentum, other in (("0.25", 1 - correction), ("0.75", correction)):
@@ -205,9 +182,9 @@ def test_other_conventions_would_be_noticed(
 @pytest.mark.parametrize("memory_format", ["channels_last", "strided"])
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_every_memory_format_gives_the_right_quantities(
-    subjects: dict[str, Subject], tmp_path: Path, name: str, memory_format: str
+    subjects: Environments, tmp_path: Path, name: str, memory_format: str
 ) -> None:
-    python(name)
+    command(name)
     text = fields(shape="[4, 3, 5, 6]", memory_format=memory_format, backward="true")
     case, inputs = prepare(tmp_path, text)
     reply = subjects[name].run(f"{name}@cpu", case, inputs)
@@ -234,7 +211,7 @@ RESNET = "shape: [32, 64, 56, 56]\ninput: {distribution: constant, value: 3.3}\n
     ],
 )
 def test_a_constant_of_a_resnet_layer_shows_who_adds_one_after_another(
-    subjects: dict[str, Subject],
+    subjects: Environments,
     tmp_path: Path,
     name: str,
     memory_format: str,
@@ -246,7 +223,7 @@ def test_a_constant_of_a_resnet_layer_shows_who_adds_one_after_another(
 
 
 def test_mxnet_rebuilds_its_running_variance_from_a_rounded_root(
-    subjects: dict[str, Subject], tmp_path: Path
+    subjects: Environments, tmp_path: Path
 ) -> None:
     constant = "input: {distribution: constant, value: 100}\nshape: [4, 3, 8, 8]\nmomentum: 1\n"
     assert (done(subjects, "mxnet", tmp_path, constant).outputs["running_var"] < 0).all()
@@ -262,9 +239,8 @@ def test_mxnet_rebuilds_its_running_variance_from_a_rounded_root(
 def test_mxnet_names_the_switch_that_chooses_its_kernels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = (str(python("mxnet")),)
     monkeypatch.setenv("MXNET_MKLDNN_ENABLED", "0")
-    with scratch_folder() as scratch, Subject(command=command, scratch=scratch) as subject:
+    with scratch_folder() as scratch, Subject(command=command("mxnet"), scratch=scratch) as subject:
         reply = subject.run("mxnet@cpu", *prepare(tmp_path, fields(shape="[4, 3]")))
     assert (reply.kernel or "").endswith("axis=1, MXNET_MKLDNN_ENABLED=0")
 
@@ -275,7 +251,7 @@ WIDE = (
 
 
 def test_16_bit_parameters_overflow_what_onnxruntime_and_chainer_keep_in_them(
-    subjects: dict[str, Subject], tmp_path: Path
+    subjects: Environments, tmp_path: Path
 ) -> None:
     text = WIDE + "param_dtype: same\n"
     case, inputs = prepare(tmp_path, text)
@@ -291,21 +267,21 @@ def test_16_bit_parameters_overflow_what_onnxruntime_and_chainer_keep_in_them(
 
 @pytest.mark.parametrize("name", ["mxnet", "mlx", "tinygrad"])
 def test_a_variance_above_65504_overflows_in_16_bits(
-    subjects: dict[str, Subject], tmp_path: Path, name: str
+    subjects: Environments, tmp_path: Path, name: str
 ) -> None:
     outputs = done(subjects, name, tmp_path, WIDE).outputs
     assert np.isinf(outputs["running_var"]).all()
     assert not outputs["y"].any()
 
 
-def test_mlx_adds_16_bit_numbers_in_16_bits(subjects: dict[str, Subject], tmp_path: Path) -> None:
+def test_mlx_adds_16_bit_numbers_in_16_bits(subjects: Environments, tmp_path: Path) -> None:
     text = "input: {distribution: normal, mean: 10}\nshape: [16, 3, 32, 32]\ndtype: float16\n"
     outputs = done(subjects, "mlx", tmp_path, text).outputs
     assert np.isinf(outputs["running_mean"]).all()
     assert np.isnan(outputs["y"].astype(float)).all()
 
 
-def test_paddle_passes_a_single_value_through(subjects: dict[str, Subject], tmp_path: Path) -> None:
+def test_paddle_passes_a_single_value_through(subjects: Environments, tmp_path: Path) -> None:
     text = fields(shape="[1, 3]", backward="true")
     _, inputs = prepare(tmp_path, text)
     outputs = done(subjects, "paddle", tmp_path, text).outputs
@@ -316,7 +292,7 @@ def test_paddle_passes_a_single_value_through(subjects: dict[str, Subject], tmp_
 
 
 def test_an_empty_batch_leaves_mlx_without_running_statistics(
-    subjects: dict[str, Subject], tmp_path: Path
+    subjects: Environments, tmp_path: Path
 ) -> None:
     for text in (fields(shape="[0, 3]"), fields(shape="[0, 3, 4, 4]", backward="true")):
         for _ in range(3):
@@ -342,7 +318,7 @@ def test_an_empty_batch_leaves_mlx_without_running_statistics(
     ],
 )
 def test_what_a_framework_refuses_is_unsupported_in_its_words(
-    subjects: dict[str, Subject], tmp_path: Path, name: str, changes: dict[str, str], words: str
+    subjects: Environments, tmp_path: Path, name: str, changes: dict[str, str], words: str
 ) -> None:
     reply = run(subjects, name, tmp_path, fields(**{"shape": "[4, 3]", **changes}))
     assert reply.outcome == "unsupported", reply

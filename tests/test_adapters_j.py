@@ -1,7 +1,7 @@
 """The adapters of JAX, Flax, TensorFlow and Keras, each in its own environment.
 
-BNAUDIT_ENVS names a folder of virtual environments: `jax` (jax, flax, keras), `tensorflow` (TensorFlow 2 with
-its Keras), `tensorflow-1` and `keras-torch` (torch, keras).
+They are `jax` (jax, flax, keras), `tensorflow` (TensorFlow 2 with its Keras), `tensorflow-1` and `keras-torch`
+(torch, keras); see `frameworks` for where these are.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from correct import outputs as right_outputs
 from correct import prepare
+from frameworks import Environments, command, environments
 
 from bnaudit.subject import Reply, Subject, scratch_folder
 from bnaudit.worker.backends import _flax, _jax, _keras, _tensorflow, _tensorflow_1
@@ -54,31 +55,17 @@ EVERY = pytest.mark.parametrize("backend", ENVIRONMENTS)
 
 
 @pytest.fixture(scope="module")
-def subjects() -> Iterator[dict[str, Subject]]:
-    """A subject for each environment; none is started before it is used."""
-    folder = os.environ.get("BNAUDIT_ENVS")
-    if folder is None:
-        pytest.skip("BNAUDIT_ENVS names no folder of environments")
-    with scratch_folder() as scratch:
-        made = {
-            name: Subject(
-                name=name, command=(str(Path(folder, name, "bin/python")),), scratch=scratch
-            )
-            for name in sorted(set(ENVIRONMENTS.values()))
-            if Path(folder, name, "bin/python").exists()
-        }
+def subjects() -> Iterator[Environments]:
+    """A subject for each environment."""
+    with environments() as made:
         yield made
-        for subject in made.values():
-            subject.close()
 
 
 def run(
-    subjects: dict[str, Subject], backend: str, folder: Path, text: str
+    subjects: Environments, backend: str, folder: Path, text: str
 ) -> tuple[Reply, dict[str, Any], Any]:
     """The reply to a case, what is right, and the case."""
     name = ENVIRONMENTS[backend]
-    if name not in subjects:
-        pytest.skip(f"BNAUDIT_ENVS has no environment {name}")
     case, inputs = prepare(folder, text)
     reply = subjects[name].run(backend, case, inputs)
     correction = 0 if backend in BIASED else 1
@@ -123,7 +110,7 @@ def check(reply: Reply, right: dict[str, Any], dtype: str, *, near: float = 64) 
     ],
 )
 def test_an_asymmetric_case_is_right(
-    subjects: dict[str, Subject],
+    subjects: Environments,
     tmp_path: Path,
     backend: str,
     mode: str,
@@ -160,7 +147,7 @@ def test_an_asymmetric_case_is_right(
     ids=["no-affine", "cumulative", "other-eps"],
 )
 def test_options_mean_the_same_in_every_framework(
-    subjects: dict[str, Subject], tmp_path: Path, backend: str, fields: str
+    subjects: Environments, tmp_path: Path, backend: str, fields: str
 ) -> None:
     text = f"input: {{distribution: normal, mean: 1.5}}\nshape: [4, 3, 5, 6]\n{fields}"
     reply, right, case = run(subjects, backend, tmp_path, text)
@@ -173,7 +160,7 @@ def test_options_mean_the_same_in_every_framework(
 
 @EVERY
 def test_of_one_value_only_the_bias_is_left(
-    subjects: dict[str, Subject], tmp_path: Path, backend: str
+    subjects: Environments, tmp_path: Path, backend: str
 ) -> None:
     text = "input: {distribution: normal}\nshape: [1, 3]\naffine: {weight: 3, bias: 0.75}\n"
     reply, _, _ = run(subjects, backend, tmp_path, text)
@@ -183,12 +170,10 @@ def test_of_one_value_only_the_bias_is_left(
 @EVERY
 @pytest.mark.parametrize("mode", ["training", "inference"])
 def test_an_empty_batch_has_an_empty_result(
-    subjects: dict[str, Subject], tmp_path: Path, backend: str, mode: str
+    subjects: Environments, tmp_path: Path, backend: str, mode: str
 ) -> None:
     text = f"input: {{distribution: normal}}\nshape: [0, 3, 2, 2]\nbackward: true\nmode: {mode}\n"
     name = ENVIRONMENTS[backend]
-    if name not in subjects:
-        pytest.skip(f"BNAUDIT_ENVS has no environment {name}")
     reply = subjects[name].run(backend, *prepare(tmp_path, text))
     assert (reply.outcome, reply.reason) == ("done", None)
     assert reply.outputs["y"].shape == reply.outputs["grad_input"].shape == (0, 3, 2, 2)
@@ -199,7 +184,7 @@ OFFSET = "input: {distribution: normal, mean: 1e4}\nshape: [16, 8, 32, 32]\n"
 
 @pytest.mark.parametrize("backend", ["flax@cpu", "flax-nnx@cpu", "jax@cpu"])
 def test_the_fast_variance_of_a_large_offset_is_clipped_to_nothing(
-    subjects: dict[str, Subject], tmp_path: Path, backend: str
+    subjects: Environments, tmp_path: Path, backend: str
 ) -> None:
     reply, right, case = run(subjects, backend, tmp_path, OFFSET)
     # Without a variance, y is divided by the root of eps: 316 times too large, 1.4e3 at most.
@@ -209,14 +194,14 @@ def test_the_fast_variance_of_a_large_offset_is_clipped_to_nothing(
 
 @pytest.mark.parametrize("backend", ["flax-stable@cpu", "keras-jax@cpu"])
 def test_two_passes_bear_a_large_offset(
-    subjects: dict[str, Subject], tmp_path: Path, backend: str
+    subjects: Environments, tmp_path: Path, backend: str
 ) -> None:
     reply, right, _ = run(subjects, backend, tmp_path, OFFSET)
     assert np.abs(reply.outputs["y"] - right["y"]).max() < 0.01
 
 
 def test_keras_on_torch_takes_the_root_of_a_negative_variance(
-    subjects: dict[str, Subject], tmp_path: Path
+    subjects: Environments, tmp_path: Path
 ) -> None:
     reply, _, _ = run(subjects, "keras-torch@cpu", tmp_path, OFFSET)
     assert np.isnan(reply.outputs["y"]).any()
@@ -237,15 +222,13 @@ CONSTANT = "input: {distribution: constant, value: 3.3}\nshape: [32, 64, 56, 56]
     ],
 )
 def test_long_running_sums_of_a_constant_show_in_y(
-    subjects: dict[str, Subject], tmp_path: Path, backend: str, least: float, most: float
+    subjects: Environments, tmp_path: Path, backend: str, least: float, most: float
 ) -> None:
     reply, _, _ = run(subjects, backend, tmp_path, CONSTANT)
     assert least <= np.abs(reply.outputs["y"]).max() <= most
 
 
-def test_tensorflow_1_raises_a_small_eps_in_silence(
-    subjects: dict[str, Subject], tmp_path: Path
-) -> None:
+def test_tensorflow_1_raises_a_small_eps_in_silence(subjects: Environments, tmp_path: Path) -> None:
     small = "input: {distribution: normal, std: 0.001}\nshape: [4, 3, 5, 6]\n"
     reply, _, _ = run(subjects, "tensorflow-1@cpu", tmp_path, small + "eps: 1e-7\n")
     right = right_outputs(*prepare(tmp_path, small + "eps: 1.001e-5\n"))
@@ -253,15 +236,11 @@ def test_tensorflow_1_raises_a_small_eps_in_silence(
 
 
 def test_the_number_of_threads_reaches_tensorflow(tmp_path: Path) -> None:
-    folder = os.environ.get("BNAUDIT_ENVS")
-    python = Path(folder or "", "tensorflow", "bin/python")
-    if folder is None or not python.exists():
-        pytest.skip("BNAUDIT_ENVS has no environment tensorflow")
     means = []
     for threads in (1, 2):
         with (
             scratch_folder() as scratch,
-            Subject(command=(str(python),), threads=threads, scratch=scratch) as subject,
+            Subject(command=command("tensorflow"), threads=threads, scratch=scratch) as subject,
         ):
             reply = subject.run("tensorflow@cpu", *prepare(tmp_path, CONSTANT))
             means.append(reply.outputs["running_mean"][0])

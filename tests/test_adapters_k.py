@@ -1,6 +1,6 @@
 """The adapters of Haiku, OpenVINO, OpenCV, ncnn and NNabla, in environments of their own.
 
-BNAUDIT_ENVS names a folder of virtual environments; one without the framework's is skipped.
+See `frameworks` for where these are.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from correct import Array, prepare
 from correct import outputs as right_outputs
+from frameworks import Environments, command, environments
 
 from bnaudit.subject import Reply, Subject, scratch_folder
 from bnaudit.worker.backends import _haiku, _ncnn, _nnabla, _opencv, _openvino
 from bnaudit.worker.rounding import widen
 
-VARIABLE = "BNAUDIT_ENVS"
 HALF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 GRADIENTS = {"grad_input", "grad_weight", "grad_bias"}
@@ -78,32 +78,11 @@ ASYMMETRIC = {
 SHAPES = {2: "9, 3", 3: "4, 3, 7", 4: "4, 3, 5, 6", 5: "2, 3, 2, 3, 4"}
 
 
-def python(framework: str) -> Path:
-    """The framework's interpreter, or a skip."""
-    envs = os.environ.get(VARIABLE)
-    if not envs:
-        pytest.skip(f"{VARIABLE} does not name a folder of environments")
-    found = Path(envs) / framework / "bin" / "python"
-    if not found.exists():
-        pytest.skip(f"there is no {found}")
-    return found
-
-
 @pytest.fixture(scope="module")
-def subjects() -> Iterator[dict[str, Subject]]:
-    """Subjects by framework, each started when it is first asked for."""
-    with scratch_folder() as scratch:
-        made = {
-            name: Subject(
-                name=name,
-                command=[str(Path(os.environ.get(VARIABLE, "")) / name / "bin" / "python")],
-                scratch=scratch,
-            )
-            for name in FRAMEWORKS
-        }
+def subjects() -> Iterator[Environments]:
+    """Subjects by framework."""
+    with environments() as made:
         yield made
-        for subject in made.values():
-            subject.close()
 
 
 def fields(**changes: str) -> str:
@@ -111,12 +90,11 @@ def fields(**changes: str) -> str:
     return "".join(f"{name}: {text}\n" for name, text in {**ASYMMETRIC, **changes}.items())
 
 
-def run(subjects: dict[str, Subject], framework: str, folder: Path, text: str) -> Reply:
-    python(framework)
+def run(subjects: Environments, framework: str, folder: Path, text: str) -> Reply:
     return subjects[framework].run(f"{framework}@cpu", *prepare(folder, text))
 
 
-def done(subjects: dict[str, Subject], framework: str, folder: Path, text: str) -> Reply:
+def done(subjects: Environments, framework: str, folder: Path, text: str) -> Reply:
     reply = run(subjects, framework, folder, text)
     assert (reply.outcome, reply.reason) == ("done", None), reply.detail
     return reply
@@ -143,9 +121,9 @@ EVERY = [
 
 @pytest.mark.parametrize(("name", "rank", "dtype", "kind"), EVERY)
 def test_every_kind_of_case_gives_the_right_quantities_or_a_refusal(
-    subjects: dict[str, Subject], tmp_path: Path, name: str, rank: int, dtype: str, kind: str
+    subjects: Environments, tmp_path: Path, name: str, rank: int, dtype: str, kind: str
 ) -> None:
-    python(name)
+    command(name)
     framework = FRAMEWORKS[name]
     text = fields(shape=f"[{SHAPES[rank]}]", dtype=dtype, **KINDS[kind])
     case, inputs = prepare(tmp_path, text)
@@ -169,9 +147,9 @@ def test_every_kind_of_case_gives_the_right_quantities_or_a_refusal(
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_other_conventions_would_be_noticed(
-    subjects: dict[str, Subject], tmp_path: Path, name: str
+    subjects: Environments, tmp_path: Path, name: str
 ) -> None:
-    python(name)
+    command(name)
     correction = FRAMEWORKS[name].correction
     reply = done(subjects, name, tmp_path, fields(shape="[4, 3, 5, 6]"))
     for momentum, other in (("0.25", 1 - correction), ("0.75", correction)):
@@ -183,9 +161,9 @@ def test_other_conventions_would_be_noticed(
 @pytest.mark.parametrize("memory_format", ["channels_last", "strided"])
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_every_memory_format_gives_the_right_quantities(
-    subjects: dict[str, Subject], tmp_path: Path, name: str, memory_format: str
+    subjects: Environments, tmp_path: Path, name: str, memory_format: str
 ) -> None:
-    python(name)
+    command(name)
     mode = "training" if FRAMEWORKS[name].trains else "inference"
     text = fields(shape="[4, 3, 5, 6]", memory_format=memory_format, backward="true", mode=mode)
     case, inputs = prepare(tmp_path, text)
@@ -197,9 +175,9 @@ def test_every_memory_format_gives_the_right_quantities(
 
 @pytest.mark.parametrize("name", ["haiku", "nnabla", "opencv"])
 def test_16_bit_tensors_go_with_float32_parameters(
-    subjects: dict[str, Subject], tmp_path: Path, name: str
+    subjects: Environments, tmp_path: Path, name: str
 ) -> None:
-    python(name)
+    command(name)
     mode = "training" if FRAMEWORKS[name].trains else "inference"
     text = fields(
         shape="[4, 3, 5, 6]", dtype="float16", param_dtype="statistics", backward="true", mode=mode
@@ -213,10 +191,10 @@ def test_16_bit_tensors_go_with_float32_parameters(
 
 @pytest.mark.parametrize("name", INFERENCE_ONLY)
 def test_every_channel_and_image_has_its_own_place(
-    subjects: dict[str, Subject], tmp_path: Path, name: str
+    subjects: Environments, tmp_path: Path, name: str
 ) -> None:
     """Enough channels for the packed layouts of vector units, and some more."""
-    python(name)
+    command(name)
     case, inputs = prepare(tmp_path, fields(shape="[3, 37, 3, 5]", mode="inference"))
     reply = subjects[name].run(f"{name}@cpu", case, inputs)
     compare(reply, right_outputs(case, inputs), "float32", "float32")
@@ -227,7 +205,7 @@ OFFSET = "input: {distribution: normal, mean: 1e4}\nshape: [16, 8, 32, 32]\n"
 
 
 def test_a_constant_of_a_resnet_layer_is_nan_in_nnabla(
-    subjects: dict[str, Subject], tmp_path: Path
+    subjects: Environments, tmp_path: Path
 ) -> None:
     outputs = done(subjects, "nnabla", tmp_path, RESNET).outputs
     assert np.isnan(outputs["y"]).all()
@@ -235,7 +213,7 @@ def test_a_constant_of_a_resnet_layer_is_nan_in_nnabla(
 
 
 def test_haiku_takes_the_root_of_a_negative_variance(
-    subjects: dict[str, Subject], tmp_path: Path
+    subjects: Environments, tmp_path: Path
 ) -> None:
     outputs = done(subjects, "haiku", tmp_path, OFFSET).outputs
     assert np.isnan(outputs["y"]).any()
@@ -244,7 +222,7 @@ def test_haiku_takes_the_root_of_a_negative_variance(
     assert np.abs(outputs["running_var"] - right).max() > 0.1  # of a variance of 1, a tenth of it
 
 
-def test_haiku_averages_as_over_many_steps(subjects: dict[str, Subject], tmp_path: Path) -> None:
+def test_haiku_averages_as_over_many_steps(subjects: Environments, tmp_path: Path) -> None:
     """A new average's correction of its zero start would forget the running statistics of the case."""
     text = fields(shape="[4, 3, 5, 6]", momentum="0.001")
     case, inputs = prepare(tmp_path, text)
@@ -267,7 +245,7 @@ running: {mean: 1e8, var: 0}
     [("openvino", 100, 1500), ("ncnn", 100, 5000), ("haiku", 0, 0), ("nnabla", 0, 0)],
 )
 def test_a_shift_folded_from_a_large_mean_is_not_undone_by_the_product(
-    subjects: dict[str, Subject], tmp_path: Path, name: str, low: float, high: float
+    subjects: Environments, tmp_path: Path, name: str, low: float, high: float
 ) -> None:
     outputs = done(subjects, name, tmp_path, AT_THE_MEAN).outputs
     assert low <= np.abs(outputs["y"]).max() <= high
@@ -284,7 +262,7 @@ def test_a_shift_folded_from_a_large_mean_is_not_undone_by_the_product(
     ],
 )
 def test_folding_costs_what_the_running_mean_is_rounded_by(
-    subjects: dict[str, Subject], tmp_path: Path, name: str, low: float, high: float
+    subjects: Environments, tmp_path: Path, name: str, low: float, high: float
 ) -> None:
     """At 1e6, a float32 is known to 0.03; x minus the mean is exact there."""
     text = "mode: inference\nshape: [4, 3, 8, 8]\ninput: {distribution: normal, mean: 1e6}\n"
@@ -295,14 +273,14 @@ def test_folding_costs_what_the_running_mean_is_rounded_by(
 
 
 def test_openvino_folds_float16_parameters_past_what_float16_holds(
-    subjects: dict[str, Subject], tmp_path: Path
+    subjects: Environments, tmp_path: Path
 ) -> None:
     text = AT_THE_MEAN.replace("1e8", "1e4") + "dtype: float16\nparam_dtype: same\n"
     outputs = done(subjects, "openvino", tmp_path, text).outputs
     assert not np.isfinite(outputs["y"].astype(float)).any()
 
 
-def test_openvino_computes_float64_in_float32(subjects: dict[str, Subject], tmp_path: Path) -> None:
+def test_openvino_computes_float64_in_float32(subjects: Environments, tmp_path: Path) -> None:
     text = fields(shape="[4, 3, 5, 6]", dtype="float64", mode="inference")
     reply = done(subjects, "openvino", tmp_path, text)
     with pytest.raises(AssertionError):
@@ -312,15 +290,17 @@ def test_openvino_computes_float64_in_float32(subjects: dict[str, Subject], tmp_
 
 @pytest.mark.parametrize("name", ["haiku", "openvino", "ncnn"])
 def test_an_empty_batch_has_an_empty_result(
-    subjects: dict[str, Subject], tmp_path: Path, name: str
+    subjects: Environments, tmp_path: Path, name: str
 ) -> None:
     reply = done(subjects, name, tmp_path, fields(shape="[0, 3, 2, 2]", mode="inference"))
     assert reply.outputs["y"].shape == (0, 3, 2, 2)
 
 
 def test_an_empty_batch_ends_nnabla(tmp_path: Path) -> None:
-    command = (str(python("nnabla")),)
-    with scratch_folder() as scratch, Subject(command=command, scratch=scratch) as subject:
+    with (
+        scratch_folder() as scratch,
+        Subject(command=command("nnabla"), scratch=scratch) as subject,
+    ):
         reply = subject.run("nnabla@cpu", *prepare(tmp_path, fields(shape="[0, 3, 2, 2]")))
     assert reply.outcome == "crash"
 
@@ -346,7 +326,7 @@ def test_an_empty_batch_ends_nnabla(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_framework_refuses_is_unsupported_in_its_words(
-    subjects: dict[str, Subject], tmp_path: Path, name: str, changes: dict[str, str], words: str
+    subjects: Environments, tmp_path: Path, name: str, changes: dict[str, str], words: str
 ) -> None:
     reply = run(subjects, name, tmp_path, fields(**{"shape": "[4, 3]", **changes}))
     assert reply.outcome == "unsupported", reply

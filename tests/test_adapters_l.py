@@ -1,14 +1,12 @@
 """The adapters of MindSpore and MegEngine, and PyTorch's in Debian's PyTorch 1.13, on its Python.
 
-BNAUDIT_ENVS names a folder of virtual environments; one without the framework's is skipped, and so is Debian
-where python3-torch is not installed.
+See `frameworks` for where these are; Debian's is skipped where python3-torch is not installed.
 """
 
 from __future__ import annotations
 
 import importlib
 import itertools
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +16,12 @@ import numpy as np
 import pytest
 from correct import outputs as right_outputs
 from correct import prepare
+from frameworks import Environments, environments
 
-from bnaudit.subject import Reply, Subject, scratch_folder
+from bnaudit.subject import Reply, Subject
 from bnaudit.worker.backends import _megengine, _mindspore
 from bnaudit.worker.rounding import widen
 
-VARIABLE = "BNAUDIT_ENVS"
-DEBIAN = Path("/usr/bin/python3")
 DEBIAN_TORCH = Path("/usr/lib/python3/dist-packages/torch")
 HALF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -47,13 +44,13 @@ class Adapter(NamedTuple):
 
 ADAPTERS = {
     "torch@cpu": Adapter(
-        "debian",
+        "torch-1",
         ("bfloat16", "float32", "float64"),
         (2, 3, 4, 5),
         frozenset({"batch_mean", "invstd"}),
     ),
     "torch-mkldnn@cpu": Adapter(
-        "debian",
+        "torch-1",
         ("bfloat16", "float32"),
         (4,),
         frozenset({"batch_mean", "batch_var"}),
@@ -82,45 +79,18 @@ SHAPES = {2: "9, 3", 3: "4, 3, 7", 4: "4, 3, 5, 6", 5: "2, 3, 2, 3, 4"}
 EVERY = pytest.mark.parametrize("backend", ADAPTERS)
 
 
-def interpreter(environment: str) -> Path:
-    """The environment's interpreter, or a skip."""
-    if environment == "debian":
-        if not DEBIAN_TORCH.exists():
-            pytest.skip("Debian's python3-torch is not installed")
-        return DEBIAN
-    envs = os.environ.get(VARIABLE)
-    if not envs:
-        pytest.skip(f"{VARIABLE} does not name a folder of environments")
-    found = Path(envs) / environment / "bin" / "python"
-    if not found.exists():
-        pytest.skip(f"there is no {found}")
-    return found
-
-
-class Subjects:
-    """Subjects by environment, each made when it is first asked for."""
-
-    def __init__(self, scratch: Path) -> None:
-        self.scratch = scratch
-        self.made: dict[str, Subject] = {}
-
-    def __getitem__(self, backend: str) -> Subject:
-        name = ADAPTERS[backend].environment
-        if name not in self.made:
-            command = [str(interpreter(name))]
-            self.made[name] = Subject(name=name, command=command, scratch=self.scratch)
-        return self.made[name]
-
-
 @pytest.fixture(scope="module")
-def subjects() -> Iterator[Subjects]:
-    # What is on the auditor's own path is not meant for other Pythons.
-    with scratch_folder() as scratch, pytest.MonkeyPatch.context() as patch:
-        patch.delenv("PYTHONPATH", raising=False)
-        made = Subjects(scratch)
+def subjects() -> Iterator[Environments]:
+    with environments() as made:
         yield made
-        for subject in made.made.values():
-            subject.close()
+
+
+def chosen(subjects: Environments, backend: str) -> Subject:
+    """The subject that has the backend, or a skip."""
+    name = ADAPTERS[backend].environment
+    if name == "torch-1" and not DEBIAN_TORCH.exists():
+        pytest.skip("Debian's python3-torch is not installed")
+    return subjects[name]
 
 
 def fields(**changes: str) -> str:
@@ -128,8 +98,8 @@ def fields(**changes: str) -> str:
     return "".join(f"{name}: {text}\n" for name, text in {**ASYMMETRIC, **changes}.items())
 
 
-def done(subjects: Subjects, backend: str, folder: Path, text: str) -> Reply:
-    reply = subjects[backend].run(backend, *prepare(folder, text))
+def done(subjects: Environments, backend: str, folder: Path, text: str) -> Reply:
+    reply = chosen(subjects, backend).run(backend, *prepare(folder, text))
     assert (reply.outcome, reply.reason) == ("done", None), reply.detail
     return reply
 
@@ -153,10 +123,10 @@ CASES = [
 
 @pytest.mark.parametrize(("backend", "rank", "dtype", "kind"), CASES)
 def test_every_kind_of_case_gives_the_right_quantities_or_a_refusal(
-    subjects: Subjects, tmp_path: Path, backend: str, rank: int, dtype: str, kind: str
+    subjects: Environments, tmp_path: Path, backend: str, rank: int, dtype: str, kind: str
 ) -> None:
     adapter = ADAPTERS[backend]
-    subject = subjects[backend]
+    subject = chosen(subjects, backend)
     case, inputs = prepare(tmp_path, fields(shape=f"[{SHAPES[rank]}]", dtype=dtype, **KINDS[kind]))
     ranks = adapter.ranks
     if backend == "torch-mkldnn@cpu" and kind == "inference":
@@ -181,7 +151,7 @@ def test_every_kind_of_case_gives_the_right_quantities_or_a_refusal(
 
 @EVERY
 def test_other_conventions_would_be_noticed(
-    subjects: Subjects, tmp_path: Path, backend: str
+    subjects: Environments, tmp_path: Path, backend: str
 ) -> None:
     reply = done(subjects, backend, tmp_path, fields(shape="[4, 3, 5, 6]"))
     for momentum, correction in (("0.25", 0), ("0.75", 1)):
@@ -193,7 +163,7 @@ def test_other_conventions_would_be_noticed(
 @pytest.mark.parametrize("memory_format", ["channels_last", "strided"])
 @EVERY
 def test_every_memory_format_gives_the_right_quantities(
-    subjects: Subjects, tmp_path: Path, backend: str, memory_format: str
+    subjects: Environments, tmp_path: Path, backend: str, memory_format: str
 ) -> None:
     text = fields(shape="[4, 3, 5, 6]", memory_format=memory_format, backward="true")
     case, inputs = prepare(tmp_path, text)
@@ -217,7 +187,7 @@ RESNET = "shape: [32, 64, 56, 56]\ninput: {distribution: constant, value: %s}\n"
     ],
 )
 def test_a_constant_of_a_resnet_layer_shows_how_it_is_added_up(
-    subjects: Subjects,
+    subjects: Environments,
     tmp_path: Path,
     backend: str,
     value: float,
@@ -234,7 +204,7 @@ def test_a_constant_of_a_resnet_layer_shows_how_it_is_added_up(
     ("value", "y"), [("100", -1.22e-4), ("1e4", 0.0269), ("12345.678", -0.0747), ("1e8", 484.55)]
 )
 def test_torch_1_13_turns_constants_into_the_same_as_2_13_does(
-    subjects: Subjects, tmp_path: Path, value: str, y: float
+    subjects: Environments, tmp_path: Path, value: str, y: float
 ) -> None:
     text = f"shape: [1, 1, 3, 3]\ninput: {{distribution: constant, value: {value}}}\n"
     reply = done(subjects, "torch@cpu", tmp_path, text)
@@ -243,15 +213,15 @@ def test_torch_1_13_turns_constants_into_the_same_as_2_13_does(
     np.testing.assert_allclose(reply.outputs["y"], y, rtol=5e-3)
 
 
-def test_torch_1_13_lacks_what_came_later(subjects: Subjects) -> None:
-    subject = subjects["torch@cpu"]
+def test_torch_1_13_lacks_what_came_later(subjects: Environments) -> None:
+    subject = chosen(subjects, "torch@cpu")
     reasons = subject.describe(["torch-compile@cpu", "torch-sync@cpu", "torch-sync-4@cpu"])
     assert "has no torch.compile" in (reasons["torch-compile@cpu"] or "")
     for name in ("torch-sync@cpu", "torch-sync-4@cpu"):
         assert "2.0 is needed" in (reasons[name] or "")
 
 
-def test_eps_may_be_0_in_torch_1_13(subjects: Subjects, tmp_path: Path) -> None:
+def test_eps_may_be_0_in_torch_1_13(subjects: Environments, tmp_path: Path) -> None:
     for backend in ("torch@cpu", "torch-mkldnn@cpu"):
         text = fields(shape="[4, 3, 5, 6]", eps="0")
         case, inputs = prepare(tmp_path, text)
@@ -259,7 +229,9 @@ def test_eps_may_be_0_in_torch_1_13(subjects: Subjects, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["mindspore@cpu", "megengine@cpu"])
-def test_subnormal_numbers_are_flushed(subjects: Subjects, tmp_path: Path, backend: str) -> None:
+def test_subnormal_numbers_are_flushed(
+    subjects: Environments, tmp_path: Path, backend: str
+) -> None:
     text = "shape: [4, 3, 2, 2]\ninput: {distribution: subnormal}\neps: 1e-30\nmomentum: 1\n"
     outputs = done(subjects, backend, tmp_path, text).outputs
     assert not outputs["running_mean"].any()
@@ -267,7 +239,7 @@ def test_subnormal_numbers_are_flushed(subjects: Subjects, tmp_path: Path, backe
 
 
 def test_mindspore_does_not_move_running_statistics_in_16_bits(
-    subjects: Subjects, tmp_path: Path
+    subjects: Environments, tmp_path: Path
 ) -> None:
     text = fields(shape="[4, 3, 5, 6]", dtype="float16", param_dtype="same")
     case, inputs = prepare(tmp_path, text)
@@ -279,7 +251,7 @@ def test_mindspore_does_not_move_running_statistics_in_16_bits(
 
 @pytest.mark.parametrize("backend", ["mindspore@cpu", "megengine@cpu"])
 def test_a_single_value_leaves_no_running_variance(
-    subjects: Subjects, tmp_path: Path, backend: str
+    subjects: Environments, tmp_path: Path, backend: str
 ) -> None:
     outputs = done(subjects, backend, tmp_path, fields(shape="[1, 3]")).outputs
     assert np.isnan(outputs["running_var"]).all()
@@ -303,10 +275,10 @@ def test_a_single_value_leaves_no_running_variance(
     ],
 )
 def test_what_a_framework_refuses_is_unsupported(
-    subjects: Subjects, tmp_path: Path, backend: str, changes: dict[str, str], words: str
+    subjects: Environments, tmp_path: Path, backend: str, changes: dict[str, str], words: str
 ) -> None:
     text = fields(**{"shape": "[4, 3, 5, 6]", **changes})
-    reply = subjects[backend].run(backend, *prepare(tmp_path, text))
+    reply = chosen(subjects, backend).run(backend, *prepare(tmp_path, text))
     assert reply.outcome == "unsupported", reply
     assert words in (reply.reason or "")
 

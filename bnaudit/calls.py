@@ -23,13 +23,15 @@ class Call:
     """Source lines. Where a case has several steps, `step` stands in a loop over `step`.
 
     imports: what follows `import numpy as np`; it sets the number of threads, too. setup: once, before the
-    first step. values: by quantity, an expression that is indexed in the order (N, C, *).
+    first step. left: after a step, the running statistics that it left; where nobody needs them it is left
+    out. values: by quantity, an expression that is indexed in the order (N, C, *).
     """
 
     imports: tuple[str, ...]
     step: tuple[str, ...]
     values: Mapping[str, str]
     setup: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
     environ: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -103,6 +105,8 @@ def _torch(
         half = ".to(torch.bfloat16)" if case.dtype == "bfloat16" else ""
         half_parameters = ".to(torch.bfloat16)" if case.parameter_dtype == "bfloat16" else ""
         parameters = f"[torch.from_numpy(a){half_parameters}{place} for a in "
+        has_affine = case.affine is not None
+        weight, leaves = ("*affine", "[x, *affine]") if has_affine else ("None, None", "[x]")
         step = [f"x = torch.from_numpy(x){half}{place}"]
         if case.backward:
             step.append(f"grad_output = torch.from_numpy(grad_output){half}{place}")
@@ -121,19 +125,17 @@ def _torch(
                 ]
         if case.backward:
             step += [
-                "for leaf in [x, *affine]:",
+                f"for leaf in {leaves}:",
                 "    leaf.requires_grad_()",
             ]
-        weight = "*affine" if case.affine is not None else "None, None"
         step.append(f"y = batch_norm(x, *running, {weight}, {_options(case)})")
         if case.backward:
-            step.append("gradients = torch.autograd.grad(y, [x, *affine], grad_output)")
+            step.append(f"gradients = torch.autograd.grad(y, {leaves}, grad_output)")
         flag = "torch.backends.cudnn.enabled"
         below = (
             f"torch._batch_norm_impl_index(x, {weight}, *running, {case.mode == 'training'}, "
             f"{_momentum(case)}, {case.eps!r}, {flag})"
         )
-        affine = f"{parameters}(weight, bias)]" if case.affine is not None else "[]"
         return Call(
             ("import torch", "", *settings, f"torch.set_num_threads({threads})"),
             tuple(step),
@@ -147,7 +149,7 @@ def _torch(
             },
             (
                 f"batch_norm = {function}",
-                f"affine = {affine}",
+                *((f"affine = {parameters}(weight, bias)]",) if has_affine else ()),
                 f"running = {parameters}(running_mean, running_var)]",
             ),
         )
@@ -205,7 +207,7 @@ def _jax(imports: str, forward: Callable[[Case], tuple[str, ...]]) -> Callable[[
                 f"affine = {affine}",
                 f"running = [{to_jax('running_mean')}, {to_jax('running_var')}]",
             ),
-            {"JAX_PLATFORMS": "cpu", "NPROC": str(threads)},
+            environ={"JAX_PLATFORMS": "cpu", "NPROC": str(threads)},
         )
 
     return template
@@ -307,9 +309,7 @@ def _keras(framework: str) -> Callable[[Case, int], Call]:
             ]
         else:
             step.append(f"y = layer(x, training={training})")
-        step.append(
-            f"running_mean, running_var = [keras.ops.convert_to_numpy(v) for v in ({running})]"
-        )
+        left = f"running_mean, running_var = [keras.ops.convert_to_numpy(v) for v in ({running})]"
         to_numpy = "keras.ops.convert_to_numpy"
         extra = {
             "jax": ("import jax",),
@@ -332,6 +332,7 @@ def _keras(framework: str) -> Callable[[Case, int], Call]:
                 "grad_weight": f"{to_numpy}(gradients[1])",
                 "grad_bias": f"{to_numpy}(gradients[2])",
             },
+            left=(left,),
             environ={
                 "KERAS_BACKEND": framework,
                 "KERAS_TORCH_DEVICE": "cpu",
@@ -359,9 +360,9 @@ def _tensorflow(path: str, last: bool = True) -> Callable[[Case, int], Call]:
         cast = ', "bfloat16")' if case.dtype == "bfloat16" else f', "{case.dtype}")'
         half = f', "{case.parameter_dtype}")'
         affine = case.affine is not None
-        back = "np.moveaxis(np.reshape({}, %r), -1, 1)" % ((n, *spatial, c),)
+        back = f"np.moveaxis(np.reshape({{}}, {(n, *spatial, c)}), -1, 1)"
         if not last:
-            back = "np.reshape({}, %r)" % (case.shape,)
+            back = f"np.reshape({{}}, {case.shape})"
         ones = "weight, bias" if affine else "tf.ones_like(mean), tf.zeros_like(mean)"
         if fused:
             body = [
@@ -499,7 +500,7 @@ def _onnxruntime(case: Case, threads: int) -> Call:
         'node = helper.make_node("BatchNormalization", inputs, outputs,',
         f"    epsilon={case.eps!r}, momentum={_old(case)}, training_mode={int(training)})",
         f'kinds = dict.fromkeys(("x", "y"), TensorProto.{names[case.dtype]})',
-        f"def info(name, rank): return helper.make_tensor_value_info(",
+        "def info(name, rank): return helper.make_tensor_value_info(",
         f"    name, kinds.get(name, TensorProto.{names[case.parameter_dtype]}), rank and [None] * rank)",
         f"ranks = [{len(case.shape)}, 1, 1, 1, 1]",
         'graph = helper.make_graph([node], "one", list(map(info, inputs, ranks)), '
@@ -548,10 +549,10 @@ def _mlx(case: Case, threads: int) -> Call:
             f"grad_output = {array('grad_output')}.astype(y.dtype)",
             f"_, gradients = mx.vjp(lambda x, *affine: module(affine)(x), [x, *{parameters}], [grad_output])",
         ]
-    step += [
+    left = (
         "running_mean, running_var = (",
         "    np.array(v.astype(mx.float32)) for v in (norm.running_mean, norm.running_var))",
-    ]
+    )
     return Call(
         ("import mlx.core as mx", "import mlx.nn", "", "mx.set_default_device(mx.cpu)"),
         tuple(step),
@@ -563,6 +564,7 @@ def _mlx(case: Case, threads: int) -> Call:
             "grad_weight": "np.array(gradients[1].astype(mx.float32))",
             "grad_bias": "np.array(gradients[2].astype(mx.float32))",
         },
+        left=left,
     )
 
 
@@ -595,13 +597,14 @@ def _tinygrad(case: Case, threads: int) -> Call:
         "    found = [tensor.float().numpy() for tensor in wanted]"
         if case.dtype != "float64"
         else "    found = [tensor.numpy() for tensor in wanted]",
-        "running_mean, running_var = (a.astype(running_mean.dtype) for a in found[1:3])",
     ]
+    left = "running_mean, running_var = (a.astype(running_mean.dtype) for a in found[1:3])"
     names = ("y", "running_mean", "running_var", "batch_mean", "batch_var", *GRADIENTS)
     return Call(
         ("from tinygrad import Context, Tensor, dtypes, nn",),
         tuple(step),
         {name: f"found[{i}]" for i, name in enumerate(names)},
+        left=(left,),
     )
 
 
@@ -625,7 +628,7 @@ def _paddle(case: Case, threads: int) -> Call:
     ]
     if case.backward:
         step.append(f"gradients = paddle.grad([y], leaves, [{tensor('grad_output')}])")
-    step.append("running_mean, running_var = (tensor.numpy() for tensor in running)")
+    left = "running_mean, running_var = (tensor.numpy() for tensor in running)"
     back = "np.moveaxis({}.numpy(), -1, 1)" if last else "{}.numpy()"
     return Call(
         ("import paddle",),
@@ -638,6 +641,7 @@ def _paddle(case: Case, threads: int) -> Call:
             "grad_weight": "gradients[1].numpy()",
             "grad_bias": "gradients[2].numpy()",
         },
+        left=(left,),
     )
 
 
@@ -670,7 +674,7 @@ def _mxnet(case: Case, threads: int) -> Call:
         step.append(f"y.backward({array('grad_output')}, train_mode={training})")
     elif training:
         step.append("y.backward(mxnet.nd.zeros_like(y))  # which moves the running statistics")
-    step.append("running_mean, running_var = (array.asnumpy() for array in running)")
+    left = "running_mean, running_var = (array.asnumpy() for array in running)"
     back = "np.moveaxis({}.asnumpy(), -1, 1)" if last else "{}.asnumpy()"
     return Call(
         ("import mxnet",),
@@ -685,6 +689,7 @@ def _mxnet(case: Case, threads: int) -> Call:
             "grad_weight": "leaves[1].grad.asnumpy()",
             "grad_bias": "leaves[2].grad.asnumpy()",
         },
+        left=(left,),
     )
 
 
@@ -740,16 +745,15 @@ def _function(imports: tuple[str, ...], case: Case, threads: int, convert: tuple
         f"out = batch_norm(x, {affine}, running_mean, running_var, {_options(case)}, "
         f"grad_output={gradient})",
         'out = out if isinstance(out, dict) else {"y": out}',
-        'running_mean = out.get("running_mean", running_mean)',
-        'running_var = out.get("running_var", running_var)',
     ]
+    left = tuple(f'{name} = out.get("{name}", {name})' for name in ("running_mean", "running_var"))
     names = ("y", "batch_mean", "batch_var", "invstd", *GRADIENTS)
     values = {name: f'out["{name}"]' for name in names}
     values.update(running_mean="running_mean", running_var="running_var")
     numbers = dict.fromkeys(
         ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)
     )
-    return Call(imports, tuple(step), values, environ=numbers)
+    return Call(imports, tuple(step), values, left=left, environ=numbers)
 
 
 def _plugin(backend: str, case: Case, threads: int) -> Call:
@@ -765,7 +769,7 @@ def _plugin(backend: str, case: Case, threads: int) -> Call:
         if device == "cuda" or wants_torch:
             raise NoCallError(f"{backend} takes torch tensors; a script is made for NumPy plug-ins")
         folder, module = path.resolve().parent, path.stem
-    imports = (
+    imports: tuple[str, ...] = (
         f"sys.path.insert(0, {str(folder)!r})",
         f"from {module} import {name} as batch_norm",
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -333,17 +333,21 @@ def _expression(source: Distribution, shape: tuple[int, ...], dtype: str, key: s
     raise _NotPlainError
 
 
-@dataclass
-class _Block:
-    """How one tensor comes about: lines, and the helper functions that they need."""
-
-    lines: list[str]
-    helpers: list[str] = field(default_factory=list)
+def _helpers(lines: Iterable[str], seed: int) -> list[str]:
+    """The functions that the lines call, each with a blank line behind it."""
+    text = "\n".join(lines)
+    functions = {"words(": WORDS.format(seed=seed), "normal(": NORMAL, "bfloat16(": BFLOAT16}
+    return [
+        line
+        for call, function in functions.items()
+        if call in text
+        for line in (*function.splitlines(), "")
+    ]
 
 
 def _generated(
     name: str, source: Distribution, shape: tuple[int, ...], dtype: str, case: Case, made: Array
-) -> _Block:
+) -> list[str]:
     """The generator of a tensor that is `made` in the first step. Raises _NotPlainError."""
     if math.prod(shape) > GENERATED or isinstance(source, distributions.Switch):
         raise _NotPlainError
@@ -371,18 +375,12 @@ def _generated(
     stored = (shape[1],) if name not in ("x", "grad_output") else shape
     if dtype == "bfloat16":
         expression = f"bfloat16({expression})"
-    elif expression.endswith(")"):
+    elif expression.startswith(("np.", "normal(")) and expression.endswith(")"):  # one call
         expression = f"{expression}.astype({NUMPY[dtype]})"
     else:
         expression = f"({expression}).astype({NUMPY[dtype]})"
     lines.append(f"{name} = {expression}.reshape({stored})")
-    needed = {
-        WORDS.format(seed=case.seed): "words(",
-        NORMAL: "normal(",
-        BFLOAT16: "bfloat16(",
-    }
-    text = "\n".join(lines)
-    return _Block(lines + after, [helper for helper, call in needed.items() if call in text])
+    return lines + after
 
 
 def _same(lines: Sequence[str], name: str, wanted: Array, steps: Sequence[int]) -> bool:
@@ -403,10 +401,9 @@ def _same(lines: Sequence[str], name: str, wanted: Array, steps: Sequence[int]) 
 
 @dataclass
 class _Inputs:
-    """Source text of all inputs. files: arrays that are loaded, by name."""
+    """Source text of all inputs: once, by tensor, and in each step. files: arrays that are loaded."""
 
-    helpers: list[str] = field(default_factory=list)
-    once: list[str] = field(default_factory=list)
+    once: dict[str, list[str]] = field(default_factory=dict)
     each: list[str] = field(default_factory=list)
     files: dict[str, Array] = field(default_factory=dict)
 
@@ -433,27 +430,29 @@ def _inputs(case: Case, inputs: Inputs) -> _Inputs:
         same = len(array) == 1 or not full or bool((bits(array) == bits(array[:1])).all())
         literal = _literal(first, NUMPY[dtype]) if same else None
         if literal is not None:
-            result.once.append(f"{name} = {literal}")
+            result.once[name] = [f"{name} = {literal}"]
             continue
         several = full and case.steps > 1
         by_step = array if full else array[None]
         try:
-            block = _generated(name, source, shape, dtype, case, first)
-            lines = [*"\n".join(block.helpers).splitlines(), *block.lines]
-            fits = _same(lines, name, by_step, sorted({0, len(by_step) - 1}))
+            lines = _generated(name, source, shape, dtype, case, first)
+            program = [*_helpers(lines, case.seed), *lines]
+            fits = _same(program, name, by_step, sorted({0, len(by_step) - 1}))
         except _NotPlainError:
             fits = False
         if fits:
-            result.helpers += [text for text in block.helpers if text not in result.helpers]
-            (result.each if several else result.once).extend(block.lines)
+            if several:
+                result.each += lines
+            else:
+                result.once[name] = lines
         else:
             result.files[name] = array if several else first
             loaded = f'np.load(__file__ + ".{name}.npy")'
             if several:
-                result.once.append(f"{name}_steps = {loaded}")
+                result.once[name] = [f"{name}_steps = {loaded}"]
                 result.each.append(f"{name} = {name}_steps[step]")
             else:
-                result.once.append(f"{name} = {loaded}")
+                result.once[name] = [f"{name} = {loaded}"]
     return result
 
 
@@ -501,14 +500,16 @@ def script(
         raise ReproError(f"{backend} hands out no {fault.quantity} that a script could compare")
     source = _inputs(case, inputs)
     loop = case.steps > 1
-    each = [*source.each, *call.step]
+    once = [line for lines in source.once.values() for line in lines]
+    is_left = loop or (fault.quantity or "").startswith("running")
+    each = [*source.each, *call.step, *(call.left if is_left else ())]
     if loop:
         each = [f"for step in range({case.steps}):", *(f"    {line}".rstrip() for line in each)]
     body = [
         *_imports(call, fault, timeout),
         "",
-        *_spaced(source.helpers),
-        *source.once,
+        *_helpers([*once, *each], case.seed),
+        *once,
         *call.setup,
         *([""] if loop or len(call.step) > 4 else []),
         *each,
@@ -525,11 +526,6 @@ def script(
     )
 
 
-def _spaced(helpers: Sequence[str]) -> list[str]:
-    """Functions, each with a blank line behind it."""
-    return [line for text in helpers for line in (*text.splitlines(), "")]
-
-
 def _imports(call: calls.Call, fault: Fault, timeout: float) -> list[str]:
     standard = ["import sys"]
     settings = []
@@ -543,7 +539,7 @@ def _imports(call: calls.Call, fault: Fault, timeout: float) -> list[str]:
         standard.insert(-1, "import os")
         given = ", ".join(f'{name}="{value}"' for name, value in call.environ.items())
         standard.append("")
-        standard.append(f"os.environ.update({given})  # before the imports that read them")
+        standard.append(f"os.environ.update({given})")
     return [*standard, "", "import numpy as np", *"\n".join(call.imports).splitlines(), *settings]
 
 
@@ -629,7 +625,7 @@ def _proof(
     name, training = fault.quantity, case.mode == "training"
     exact = EXACT.get(name)
     if name == "grad_input":
-        centred = f" - sum(dy) / n - (value - mean) * dot / (n * square)" if training else ""
+        centred = " - sum(dy) / n - (value - mean) * dot / (n * square)" if training else ""
         exact = f"(upstream{centred}) * weight / root"
     if exact is None or (name.startswith("running") and (correction is None or not training)):
         return None
@@ -637,14 +633,17 @@ def _proof(
     names = {"running_mean", "running_var"} if not training or name.startswith("running") else set()
     if case.affine is not None and name in ("y", "grad_input"):
         names |= {"weight", "bias"}
+    needed = {"x"} | (names & source.once.keys())
+    needed |= {"grad_output"} if name.startswith("grad") else set()
+    made = [line for tensor in source.once if tensor in needed for line in source.once[tensor]]
     lines = [
         "from fractions import Fraction",
         "from math import isqrt",
         "",
         "import numpy as np",
         "",
-        *_spaced(source.helpers),
-        *source.once,
+        *_helpers(made, case.seed),
+        *made,
         f"c, n = {channel}, {case.n}",
         "channel = [Fraction(float(v)) for v in x[:, c].ravel()]",
     ]

@@ -1,9 +1,9 @@
 """Case and fault → the smallest case found in which the same quantity still fails.
 
-Greedy: parameters to their defaults, then every length of the shape to the smallest that will do (doubling, then
-bisection), all with the case's own distribution. Where that is not one number, its values are then taken as an
-array, of which delta debugging (Zeller and Hildebrandt, 2002) removes images, places and channels, and which is
-rounded to few digits. Every step is judged on the backend itself, by the audit's own reference and bounds.
+Greedy: parameters to their defaults, then every length of the shape to the smallest that will do (doubling,
+then bisection), all with the case's own distribution. Where that is not one number, its values are then taken
+as an array, of which delta debugging (Zeller and Hildebrandt, 2002) removes images, places and channels, and
+which is rounded to few digits. Every step is judged on the backend, by the audit's own reference and bounds.
 """
 
 from __future__ import annotations

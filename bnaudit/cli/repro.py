@@ -85,7 +85,7 @@ def _write(
         place, backend = environments.split(
             result.backend, [environment.name for environment in report.environments]
         )
-        command = (sys.executable,)
+        command: tuple[str, ...] = (sys.executable,)
         if shrink or issue:
             command = _command(place, dict(environments.parse_all(specifications)))
         case = scripts.rebuilt(record)

@@ -269,8 +269,9 @@ def _keras(framework: str) -> Callable[[Case, int], Call]:
             "layer.moving_variance.assign(running_var)",
             *(("layer.gamma.assign(weight)", "layer.beta.assign(bias)") if affine else ()),
         )
-        first = f'keras.ops.convert_to_tensor(np.moveaxis(x, 1, -1), "{case.dtype}")'
-        upstream = f'keras.ops.convert_to_tensor(np.moveaxis(grad_output, 1, -1), "{case.dtype}")'
+        last = "np.ascontiguousarray(np.moveaxis({}, 1, -1))"
+        first = f'keras.ops.convert_to_tensor({last.format("x")}, "{case.dtype}")'
+        upstream = f'keras.ops.convert_to_tensor({last.format("grad_output")}, "{case.dtype}")'
         leaves = "[x, layer.gamma.value, layer.beta.value]" if affine else "[x]"
         step = [*layer, f"x = {first}"]
         running = "layer.moving_mean, layer.moving_variance"
@@ -771,7 +772,7 @@ def _plugin(backend: str, case: Case, threads: int) -> Call:
         folder, module = path.resolve().parent, path.stem
     imports: tuple[str, ...] = (
         f"sys.path.insert(0, {str(folder)!r})",
-        f"from {module} import {name} as batch_norm",
+        f"from {module} import {name}" + ("" if name == "batch_norm" else " as batch_norm"),
     )
     convert: list[str] = []
     if "bfloat16" in (case.dtype, case.parameter_dtype):

@@ -516,8 +516,9 @@ def script(
         "",
         *_comparison(call, fault),
     ]
-    title = f"{backend}: {fault.summary()}"
-    text = textwrap.fill(f'"""{title}. Exit code: 1 while it is so, else 0. {found}"""', WIDTH)
+    code = "Dies while it is so, else exits with 0" if fault.status == "crash" else ""
+    code = code or "Exit code: 1 while it is so, else 0"
+    text = textwrap.fill(f'"""{backend}: {fault.summary()}. {code}. {found}"""', WIDTH)
     lines = [line for long in body for line in _wrapped(long)]
     return Script(
         f"{text}\n" + "\n".join(lines) + "\n",
@@ -630,7 +631,8 @@ def _proof(
     if exact is None or (name.startswith("running") and (correction is None or not training)):
         return None
     channel = fault.index[1] if name in ("y", "grad_input") else fault.index[0]
-    names = {"running_mean", "running_var"} if not training or name.startswith("running") else set()
+    names = set() if training else {"running_mean", "running_var"}
+    names |= {name} if name.startswith("running") else set()
     if case.affine is not None and name in ("y", "grad_input"):
         names |= {"weight", "bias"}
     needed = {"x"} | (names & source.once.keys())

@@ -127,6 +127,7 @@ class _Search:
         self._deadline = deadline
         self._files = itertools.count()
         self._tried: set[str] = set()
+        self._said = ""
 
     def is_over(self) -> bool:
         return time.monotonic() >= self._deadline
@@ -140,8 +141,10 @@ class _Search:
         if fault is None:
             return False
         self.case, self.fault = case, fault
-        shape = "x".join(map(str, case.shape))
-        self._say(f"{shape} {case.memory_format} {case.input.distribution}: still there")
+        text = f"{'x'.join(map(str, case.shape))} {case.memory_format} {case.input.distribution}"
+        if text != self._said:
+            self._say(f"still there in {text}")
+        self._said = text
         return True
 
     def take_changed(self, **changes: Any) -> bool:
@@ -180,13 +183,15 @@ class _Search:
     # --- the shape, with the same distribution -----------------------------------------------------
 
     def shorten(self) -> None:
-        """Every length to the smallest that will do; lengths of 1 at the end are left out."""
+        """Every length to the smallest that will do; the fewest dimensions."""
         for axis in (1, 0, *range(2, len(self.case.shape))):
             if axis < len(self.case.shape):
                 self._shorten_axis(axis)
         while len(self.case.shape) > 2 and self.case.shape[-1] == 1:
             if not self.take_changed(shape=self.case.shape[:-1]):
                 break
+        if len(self.case.shape) > 2:
+            self.take_changed(shape=(self.case.n, self.case.channels))
 
     def _shorten_axis(self, axis: int) -> None:
         whole = self.case.shape[axis]
@@ -238,6 +243,12 @@ class _Search:
                     break
         for axis in (0, *range(2, x.ndim)):
             x, dy = self._reduce_axis(x, dy, axis)
+        if x.ndim > 2:
+            flat = [
+                a if a is None else np.moveaxis(a, 1, -1).reshape(-1, a.shape[1]) for a in (x, dy)
+            ]
+            if flat[0] is not None and self._take_arrays(self.case, flat[0], flat[1]):
+                x, dy = flat[0], flat[1]
         for values in _rounded(x):
             if self._take_arrays(self.case, values, dy):
                 x = values

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,9 +19,12 @@ import pytest
 
 from bnaudit import calls, repro
 from bnaudit.inputs import Inputs, make
-from bnaudit.repro import Fault, Script
+from bnaudit.report import Quantity
+from bnaudit.repro import Fault, ReproError, Script
 from bnaudit.scenario import Case, load
 from bnaudit.subject import Subject, scratch_folder
+from bnaudit.worker.backends import BACKENDS
+from bnaudit.worker.backends._exact import exact
 from bnaudit.worker.layout import bits
 from bnaudit.worker.rounding import round_to, widen, widen64
 
@@ -326,3 +331,131 @@ def test_frameworks_are_called_as_their_adapters_call_them(
     assert_the_script_computes_the_same(
         workers, asymmetric(tmp_path, **fields), backend, tmp_path, python
     )
+
+
+# --- faults ----------------------------------------------------------------------------------------
+
+
+def judged(**fields: Any) -> Quantity:
+    empty = dict.fromkeys(
+        ("label", "max_abs_error", "max_ulp_error", "bound_ratio", "tight_ratio", "floor", "reason")
+    )
+    element = {
+        "index": [0, 1],
+        "value": 0.5,
+        "reference": 0.0,
+        "value_hex": "",
+        "reference_hex": "",
+    }
+    return Quantity.model_validate(
+        {**empty, "status": "fail", "nonfinite": 0, "worst": element, **fields}
+    )
+
+
+def test_what_is_allowed_follows_from_the_ratio() -> None:
+    fault = repro.fault_of("fail", {"y": judged(bound_ratio=5.0, max_abs_error=0.5)}, {}, None)
+    assert fault == Fault("fail", "y", (0, 1), 0.5, 0.0, pytest.approx(0.1))
+    assert fault.excess == pytest.approx(5)
+
+
+def test_a_constant_channel_is_allowed_a_thousandth_of_the_weight() -> None:
+    y = judged(bound_ratio=0.5, constant_misses=3, constant_error=0.25)
+    fault = repro.fault_of("fail", {"y": y}, {}, np.array([7.0, -2.0]))
+    assert fault is not None
+    assert fault.allowed == pytest.approx(0.002)
+
+
+def test_another_element_than_the_one_that_fails_is_not_taken_for_it() -> None:
+    y = judged(bound_ratio=0.5, constant_misses=3, constant_error=0.25)
+    fault = repro.fault_of("fail", {"y": y}, {}, None)
+    assert fault is not None
+    assert fault.index is None
+
+
+def test_a_threshold_of_the_scenario_counts() -> None:
+    y = judged(bound_ratio=0.1, max_abs_error=0.5)
+    assert repro.fault_of("fail", {"y": judged(status="pass")}, {}, None) is None
+    fault = repro.fault_of("fail", {"y": y}, {"y": {"max_abs_error": 0.2}}, None)
+    assert fault is not None
+    assert fault.allowed == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "allowed", "code"),
+    [
+        (0.5, 0.0, 0.1, 1),
+        (0.05, 0.0, 0.1, 0),
+        (math.nan, 0.0, 0.1, 1),
+        (math.inf, 0.0, None, 1),
+        (0.5, 0.0, None, 0),
+        (0.5, math.nan, None, 1),
+        (math.nan, math.nan, None, 0),
+    ],
+)
+def test_the_exit_code_says_whether_the_fault_is_there(
+    value: float, expected: float, allowed: float | None, code: int, tmp_path: Path
+) -> None:
+    """The framework is a plug-in that returns what the test says."""
+    path = tmp_path / "says.py"
+    path.write_text(
+        f"inf, nan = float('inf'), float('nan')\ndef f(x, *a, **k):\n    return x * 0 + {value!r}\n"
+    )
+    case = case_of(CONSTANT, tmp_path)
+    inputs = make(case, tmp_path)
+    script = script_of(case, inputs, f"{path}:f", expected=expected, allowed=allowed)
+    done = run(script, tmp_path)
+    assert done.returncode == code, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("quantity", "index"),
+    [
+        ("y", (3, 2, 1)),
+        ("batch_mean", (1,)),
+        ("batch_var", (1,)),
+        ("invstd", (1,)),
+        ("running_mean", (1,)),
+        ("running_var", (1,)),
+        ("grad_input", (3, 2, 1)),
+        ("grad_weight", (1,)),
+        ("grad_bias", (1,)),
+    ],
+)
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_fractions_prove_what_the_audit_expects(
+    quantity: str, index: tuple[int, ...], mode: str, tmp_path: Path
+) -> None:
+    """The exact backend, whose results are correctly rounded, and the proof agree to the last bit."""
+    if mode == "inference" and quantity not in ("y", "grad_input", "grad_weight", "grad_bias"):
+        return
+    case = asymmetric(tmp_path, shape="[4, 3, 5]", mode=mode, dtype="float64")
+    inputs = make(case, tmp_path)
+    options = {"training": mode == "training", "eps": case.eps, "momentum": case.momentum}
+    outputs = exact(
+        inputs.x[0],
+        *(inputs.weight, inputs.bias, inputs.running_mean, inputs.running_var),
+        grad_output=None if inputs.grad_output is None else inputs.grad_output[0],
+        **options,
+    )
+    script = script_of(case, inputs, "exact@cpu", quantity=quantity, index=index, expected=1.0)
+    assert script.proof is not None
+    done = subprocess.run([sys.executable, "-c", script.proof], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == float(outputs[quantity][index])
+
+
+def test_what_cannot_be_shown_is_one_sentence(tmp_path: Path) -> None:
+    case = case_of(CONSTANT, tmp_path)
+    inputs = make(case, tmp_path)
+    for backend, fault, words in (
+        ("torch-sync@cpu", {}, "no stand-alone script for torch-sync@cpu"),
+        ("torch@cpu", {"index": None}, "--shrink"),
+        ("onnxruntime@cpu", {"quantity": "invstd"}, "hands out no invstd"),
+        (f"{tmp_path}/none.py:f", {}, "cannot be read"),
+    ):
+        with pytest.raises(ReproError, match=re.escape(words)):
+            script_of(case, inputs, backend, **fault)
+
+
+def test_every_template_is_of_a_backend_that_there_is() -> None:
+    assert set(calls.TEMPLATES) <= set(BACKENDS)

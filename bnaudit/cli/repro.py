@@ -260,7 +260,7 @@ def _markdown(
     parts = [
         f"### {fault.summary()}",
         "```python\n" + script.text + "```",
-        f"It prints (exit code {code}):",
+        f"It prints ({f'exit code {code}' if code >= 0 else f'killed by signal {-code}'}):",
         "```\n" + output + "```",
     ]
     if script.proof is not None:

@@ -430,12 +430,16 @@ def test_fractions_prove_what_the_audit_expects(
         return
     case = asymmetric(tmp_path, shape="[4, 3, 5]", mode=mode, dtype="float64")
     inputs = make(case, tmp_path)
-    options = {"training": mode == "training", "eps": case.eps, "momentum": case.momentum}
     outputs = exact(
         inputs.x[0],
-        *(inputs.weight, inputs.bias, inputs.running_mean, inputs.running_var),
+        inputs.weight,
+        inputs.bias,
+        inputs.running_mean,
+        inputs.running_var,
+        training=mode == "training",
+        momentum=0.25,
+        eps=case.eps,
         grad_output=None if inputs.grad_output is None else inputs.grad_output[0],
-        **options,
     )
     script = script_of(case, inputs, "exact@cpu", quantity=quantity, index=index, expected=1.0)
     assert script.proof is not None

@@ -152,7 +152,8 @@ def test_a_part_of_a_mixed_input_is_taken_alone(tmp_path: Path) -> None:
 def test_a_plain_distribution_stays_where_its_values_are_many(tmp_path: Path) -> None:
     """All of a thousand values are needed: no file says that better than the generator."""
     case = case_of("name: s\ninput: {distribution: normal}\nshape: [4, 1, 20, 20]\n", tmp_path)
-    found = shrink(case, planted(lambda case, x: (0, 0) if x.size >= 1000 else None), tmp_path)
+    attempt = planted(lambda case, x: (0, 0) if x.size >= 1000 else None)
+    found = shrink(case, attempt, tmp_path, budget=2.0)
     assert found is not None
     assert isinstance(found[0].input, Normal)
     assert found[0].n == pytest.approx(1000, abs=30)
@@ -274,13 +275,21 @@ def test_without_options_the_script_is_printed(tmp_path: Path) -> None:
     path.write_text(done.output)
     assert "np.full((8, 2, 32, 32), 3.3, np.float32)" in done.output
     assert exit_code(path) == 1
-    for arguments, words in (
-        (("9",), "no finding 9"),
-        (("1", "--shrink", "--env", "x"), "x"),
-    ):
-        failed = invoke("repro", str(report), *arguments)
-        assert failed.exception is not None
-        assert words in str(failed.exception)
+
+
+def test_what_cannot_be_done_is_one_sentence(tmp_path: Path) -> None:
+    report = report_of(tmp_path, "two-pass-sequential@cpu")
+    assert "its findings are 1 to" in str(invoke("repro", str(report), "99").exception)
+    assert "no environment" in str(
+        invoke("repro", str(report), "1", "--shrink", "--env", "x").exception
+    )
+    document = json.loads(report.read_text())
+    document["environments"][0]["name"] = document["results"][0]["environment"] = "old"
+    document["results"][0]["backend"] = "old:two-pass-sequential@cpu"
+    elsewhere = tmp_path / "elsewhere.json"
+    elsewhere.write_text(json.dumps(document))
+    assert invoke("repro", str(elsewhere), "1").exit_code == 0
+    assert "--env old=SPEC" in str(invoke("repro", str(elsewhere), "1", "--issue").exception)
     document = json.loads(report.read_text())
     document["cases"][0]["input_sha256"] = "0" * 64
     report.write_text(json.dumps(document))

@@ -6,9 +6,10 @@ backward pass, grad_output; the values of bfloat16 are in float32. `Call` is wha
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bnaudit.scenario import Case
@@ -164,7 +165,9 @@ COMPILED = "torch.compile(torch.nn.functional.batch_norm, fullgraph=True, dynami
 # --- JAX and what is on it -------------------------------------------------------------------------
 
 
-def _jax(imports: str, forward: Callable[[Case], tuple[str, ...]]) -> Callable[[Case, int], Call]:
+def _jax(
+    imports: tuple[str, ...], forward: Callable[[Case], tuple[str, ...]]
+) -> Callable[[Case, int], Call]:
     """forward: the body of `forward(x, affine, running)`, which returns y and running statistics."""
 
     def template(case: Case, threads: int) -> Call:
@@ -193,7 +196,7 @@ def _jax(imports: str, forward: Callable[[Case], tuple[str, ...]]) -> Callable[[
             step.append("y, running = jax.jit(forward)(x, affine, running)")
         wide = ('jax.config.update("jax_enable_x64", True)',) if case.dtype == "float64" else ()
         return Call(
-            (imports, "import jax.numpy as jnp", *wide),
+            ("import jax", "import jax.numpy as jnp", *imports, *wide),
             tuple(step),
             {
                 "y": "np.moveaxis(np.asarray(y), -1, 1)",
@@ -736,14 +739,16 @@ def _chainer(case: Case, threads: int) -> Call:
 # --- functions of NumPy arrays ---------------------------------------------------------------------
 
 
-def _function(imports: tuple[str, ...], case: Case, threads: int, convert: tuple[str, ...]) -> Call:
+def _function(
+    imports: tuple[str, ...], case: Case, threads: int, convert: tuple[str, ...], options: str
+) -> Call:
     """A function with the signature of a plug-in, which may return a dict."""
     affine = "weight, bias" if case.affine is not None else "None, None"
     gradient = "grad_output" if case.backward else "None"
     step = [
         *_laid_out(case),
         *convert,
-        f"out = batch_norm(x, {affine}, running_mean, running_var, {_options(case)}, "
+        f"out = batch_norm(x, {affine}, running_mean, running_var, {options}, "
         f"grad_output={gradient})",
         'out = out if isinstance(out, dict) else {"y": out}',
     ]
@@ -782,23 +787,39 @@ def _plugin(backend: str, case: Case, threads: int) -> Call:
             names += ["running_mean", "running_var"]
             names += ["weight", "bias"] if case.affine is not None else []
         convert = [f"{name} = {name}.astype(ml_dtypes.bfloat16)" for name in names]
-    return _function(imports, case, threads, tuple(convert))
+    return _function(imports, case, threads, tuple(convert), _options(case))
 
 
 def _specimen(backend: str, case: Case, threads: int) -> Call:
-    if case.dtype in ("float16", "bfloat16"):
-        raise NoCallError(
-            f"there is no script for the specimen {backend} in {case.dtype}, which it gets from "
-            "bnaudit's worker in a form of its own"
-        )
     entry = BACKENDS[backend]
+    package = "bnaudit.worker.backends"
+    function = getattr(importlib.import_module(f"{package}.{entry.module}"), entry.function)
+    is_widened = getattr(function, "widened", False)
+    if "float16" in case.dtype and not is_widened:
+        raise NoCallError(
+            f"there is no script for {backend} in {case.dtype}, which bnaudit's worker hands over as bits"
+        )
+    names = [
+        *(("x",) if case.dtype == "float16" else ()),
+        *(("grad_output",) if case.dtype == "float16" and case.backward else ()),
+        *(("running_mean", "running_var") if case.parameter_dtype == "float16" else ()),
+        *(("weight", "bias") if case.parameter_dtype == "float16" and case.affine else ()),
+    ]
+    convert = tuple(f"{name} = {name}.astype(np.float32)" for name in names)
     imports = (
-        f"from bnaudit.worker.backends.{entry.module} import {entry.function} as batch_norm"
-        "  # a specimen: bnaudit's own code",
+        "# A specimen, which is bnaudit's own code:",
+        f"from {package}.{entry.module} import {entry.function} as batch_norm",
     )
-    if case.momentum is None and case.steps > 1:
-        raise NoCallError(f"there is no script for {backend} with a cumulative average")
-    return _function(imports, case, threads, ())
+    options = _options(case)
+    if getattr(function, "counts_steps", False):
+        step = "step + 1" if case.steps > 1 else "1"
+        training = case.mode == "training"
+        options = f"training={training}, momentum={case.momentum!r}, eps={case.eps!r}, step={step}"
+    call = _function(imports, case, threads, convert, options)
+    if case.dtype != "float16":
+        return call
+    rounded = {name: f'out["{name}"].astype(np.float16)' for name in ("y", "grad_input")}
+    return replace(call, values={**call.values, **rounded})
 
 
 TEMPLATES: Mapping[str, Callable[[Case, int], Call]] = {
@@ -810,10 +831,10 @@ TEMPLATES: Mapping[str, Callable[[Case, int], Call]] = {
     "torch-cudnn-deterministic@cuda": _torch("cuda", (f"{CUDNN}.deterministic = True",)),
     "torch-compile@cpu": _torch(function=COMPILED),
     "torch-compile@cuda": _torch("cuda", function=COMPILED),
-    "jax@cpu": _jax("import jax", _standardize),
-    "flax@cpu": _jax("import jax\nfrom flax import linen", _linen(True)),
-    "flax-stable@cpu": _jax("import jax\nfrom flax import linen", _linen(False)),
-    "flax-nnx@cpu": _jax("import jax\nfrom flax import nnx", _nnx),
+    "jax@cpu": _jax((), _standardize),
+    "flax@cpu": _jax(("from flax import linen",), _linen(True)),
+    "flax-stable@cpu": _jax(("from flax import linen",), _linen(False)),
+    "flax-nnx@cpu": _jax(("from flax import nnx",), _nnx),
     "keras-jax@cpu": _keras("jax"),
     "keras-tensorflow@cpu": _keras("tensorflow"),
     "keras-torch@cpu": _keras("torch"),

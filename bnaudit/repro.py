@@ -149,11 +149,11 @@ def rebuilt(record: CaseRecord) -> Case:
             f"the report does not have all parameters of {record.id}: it was made by an earlier bnaudit"
         )
     fields = json.loads(record.to_json())
-    folder = Path(record.file).parent
+    context = {"folder": Path(record.file).parent}
     try:
-        case = Case.model_validate_json(
-            json.dumps({name: fields[name] for name in Case.model_fields if name in fields}),
-            context={"folder": folder},
+        case = Case.model_validate(
+            {name: _tupled(fields[name]) for name in Case.model_fields if name in fields},
+            context=context,
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -164,6 +164,13 @@ def rebuilt(record: CaseRecord) -> Case:
     for path, message in case.faults():
         raise ReproError(f"{record.id}: {'.'.join(path)}: {message}")
     return case
+
+
+def _tupled(value: Any) -> Any:
+    """JSON's value with tuples for lists, as a case has them."""
+    if isinstance(value, dict):
+        return {key: _tupled(item) for key, item in value.items()}
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value
 
 
 def fault_of(

@@ -259,8 +259,14 @@ class _Search:
                 return
 
     def _take_arrays(self, case: Case, x: Array, dy: Array | None) -> bool:
-        gradient = {} if dy is None else {"grad_output": self._file(dy)}
-        return self.take(changed(case, shape=x.shape, input=self._file(x), **gradient))
+        files = {"input": self._file(x)}
+        if dy is not None:
+            files["grad_output"] = self._file(dy)
+        taken = self.take(changed(case, shape=x.shape, **files))
+        if not taken:
+            for file in files.values():
+                file.source.unlink()
+        return taken
 
     def _file(self, values: Array) -> File:
         name = f"{next(self._files)}.npy"

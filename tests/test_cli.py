@@ -33,6 +33,7 @@ from bnaudit.report import ReportError, json_schema, load
 from bnaudit.worker.backends import BACKENDS
 
 COMMANDS = ("run", "list", "show", "check", "compare", "upgrade", "probe", "schema", "doctor")
+COMMANDS = ("run", "list", "compare", "probe", "repro", "schema", "doctor")
 
 
 class Outcome:

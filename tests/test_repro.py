@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bnaudit import calls, repro
+from bnaudit import audit, calls, repro
 from bnaudit.inputs import Inputs, make
-from bnaudit.report import Quantity
+from bnaudit.report import CaseRecord, Quantity, Writer
 from bnaudit.repro import Fault, ReproError, Script
-from bnaudit.scenario import Case, load
+from bnaudit.scenario import Case, load, shipped
 from bnaudit.subject import Subject, scratch_folder
 from bnaudit.worker.backends import BACKENDS
 from bnaudit.worker.backends._exact import exact
@@ -258,6 +258,19 @@ def test_a_specimen_is_called_as_the_worker_calls_it(
     )
 
 
+def test_a_specimen_gets_16_bits_widened_and_its_y_is_rounded(
+    tmp_path: Path, workers: Workers
+) -> None:
+    case = asymmetric(tmp_path, dtype="float16")
+    assert_the_script_computes_the_same(workers, case, "one-pass@cpu", tmp_path)
+
+
+def test_a_specimen_that_counts_steps_is_told_them(tmp_path: Path, workers: Workers) -> None:
+    case = asymmetric(tmp_path, backward="false")
+    case = case.model_copy(update={"steps": 3})
+    assert_the_script_computes_the_same(workers, case, "nvcaffe-0.15@cpu", tmp_path)
+
+
 @pytest.mark.parametrize("momentum", ["0.25", "null"])
 def test_several_steps_are_a_loop(momentum: str, tmp_path: Path, workers: Workers) -> None:
     pytest.importorskip("torch")
@@ -333,6 +346,16 @@ def test_frameworks_are_called_as_their_adapters_call_them(
     )
 
 
+@pytest.mark.parametrize("file", [path.name for path in sorted(shipped().glob("*.yaml"))])
+def test_every_shipped_case_can_be_rebuilt_from_its_record(file: str) -> None:
+    for scenario in load([str(shipped() / file)]):
+        for case in scenario.cases:
+            writer = Writer(None, ["bnaudit"])
+            record = writer.add_case(audit.CaseFacts(case, case.n, None, None))
+            again = CaseRecord.model_validate_json(record.to_json())
+            assert repro.rebuilt(again) == case
+
+
 # --- faults ----------------------------------------------------------------------------------------
 
 
@@ -354,7 +377,9 @@ def judged(**fields: Any) -> Quantity:
 
 def test_what_is_allowed_follows_from_the_ratio() -> None:
     fault = repro.fault_of("fail", {"y": judged(bound_ratio=5.0, max_abs_error=0.5)}, {}, None)
-    assert fault == Fault("fail", "y", (0, 1), 0.5, 0.0, pytest.approx(0.1))
+    assert fault is not None
+    assert (fault.quantity, fault.index, fault.value) == ("y", (0, 1), 0.5)
+    assert fault.allowed == pytest.approx(0.1)
     assert fault.excess == pytest.approx(5)
 
 

@@ -25,7 +25,9 @@ TIMEOUT = 120
 """Seconds that a script may take when it is run for --issue."""
 
 
-@click.command()
+@click.command(
+    epilog="Exit: 0, 2 where there can be no script, 3 where --shrink does not find the fault here."
+)
 @click.argument("report", type=click.Path(path_type=Path), metavar="REPORT.json")
 @click.argument("number", type=click.IntRange(min=1), metavar="N")
 @click.option("--shrink", is_flag=True, help="First make the input as small as the fault allows.")
@@ -130,7 +132,7 @@ def _write(
                 )
             _save(script, target)
             if shrink and target is not None:
-                _save_scenario(case, fault, record, backend, target)
+                _save_scenario(case, fault, record, result.backend, specifications, target)
             if issue:
                 text = _markdown(script, report, record, place, fault, command)
                 if target is None:
@@ -223,7 +225,12 @@ def _save(script: Script, target: Path | None) -> None:
 
 
 def _save_scenario(
-    case: Case, fault: Fault, record: CaseRecord, backend: str, target: Path
+    case: Case,
+    fault: Fault,
+    record: CaseRecord,
+    backend: str,
+    specifications: tuple[str, ...],
+    target: Path,
 ) -> None:
     """The case as a scenario beside the script, with the files of values that it has."""
     from bnaudit.distributions import File
@@ -244,7 +251,9 @@ def _save_scenario(
     )
     path = target.with_suffix(".yaml")
     path.write_text(text, encoding="utf-8")
-    announce(f"scenario {path}: bnaudit run {shlex.quote(str(path))} -b {shlex.quote(backend)}")
+    options = [option for given in specifications for option in ("--env", given)]
+    command = shlex.join(["bnaudit", "run", str(path), "-b", backend, *options])
+    announce(f"scenario {path}: {command}")
 
 
 def _markdown(

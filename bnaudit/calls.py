@@ -158,6 +158,15 @@ def _torch(
     return template
 
 
+def _mkldnn(case: Case, threads: int) -> Call:
+    function = (
+        "lambda x, *a, **k: torch.nn.functional.batch_norm(x.to_mkldnn(), *a, **k).to_dense()"
+    )
+    call = _torch(function=function)(case, threads)
+    own = ("batch_mean", "invstd")  # of torch's kernels
+    return replace(call, values={name: v for name, v in call.values.items() if name not in own})
+
+
 CUDNN = "torch.backends.cudnn"
 COMPILED = "torch.compile(torch.nn.functional.batch_norm, fullgraph=True, dynamic=False)"
 
@@ -252,6 +261,21 @@ def _nnx(case: Case) -> tuple[str, ...]:
         *(("norm.scale.value, norm.bias.value = affine",) if affine else ()),
         "y = norm(x)",
         "return y.astype(x.dtype), [norm.mean.value, norm.var.value]",
+    )
+
+
+def _haiku(case: Case) -> tuple[str, ...]:
+    affine = case.affine is not None
+    shaped = "[v.reshape((1,) * (x.ndim - 1) + (-1,)) for v in {}]"
+    return (
+        f"norm = hk.transform_with_state(lambda x: hk.BatchNorm({affine}, {affine}, {_old(case)}, ",
+        f'    {case.eps!r}, name="norm")(x, is_training={case.mode == "training"}))',
+        'names = ["norm/~/mean_ema", "norm/~/var_ema"]',
+        'state = {name: {"counter": jnp.int32(2**31 - 2), "hidden": v, "average": v}',
+        f"    for name, v in zip(names, {shaped.format('running')})}}",
+        f'given = {{"norm": dict(zip(("scale", "offset"), {shaped.format("affine")}))}}',
+        "y, left = norm.apply(given, state, None, x)",
+        'return y.astype(x.dtype), [left[name]["average"].reshape(-1) for name in names]',
     )
 
 
@@ -493,6 +517,10 @@ def _tensorflow_1(case: Case, threads: int) -> Call:
 # --- the others ------------------------------------------------------------------------------------
 
 
+ONES = "weight, bias = np.ones_like(running_mean), np.zeros_like(running_mean)"
+"""Of frameworks whose parameters are not optional."""
+
+
 def _onnxruntime(case: Case, threads: int) -> Call:
     training = case.mode == "training"
     names = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "float32": "FLOAT", "float64": "DOUBLE"}
@@ -514,11 +542,7 @@ def _onnxruntime(case: Case, threads: int) -> Call:
         f"options.intra_op_num_threads, options.log_severity_level = {threads}, 3",
         "session = onnxruntime.InferenceSession(",
         '    model.SerializeToString(), options, providers=["CPUExecutionProvider"])',
-        *(
-            ()
-            if affine
-            else ("weight, bias = np.ones_like(running_mean), np.zeros_like(running_mean)",)
-        ),
+        *(() if affine else (ONES,)),
         "feeds = dict(zip(inputs, (x, weight, bias, running_mean, running_var)))",
         "y, running_mean, running_var = (session.run(None, feeds) + [running_mean, running_var])[:3]",
     ]
@@ -661,11 +685,7 @@ def _mxnet(case: Case, threads: int) -> Call:
         return f"mxnet.nd.array(np.ascontiguousarray({moved}), dtype={name}.dtype)"
 
     step = [
-        *(
-            ()
-            if affine
-            else ("weight, bias = np.ones_like(running_mean), np.zeros_like(running_mean)",)
-        ),
+        *(() if affine else (ONES,)),
         f"leaves = [{array('x')}, {array('weight')}, {array('bias')}]",
         "for leaf in leaves:",
         "    leaf.attach_grad()",
@@ -701,11 +721,7 @@ def _chainer(case: Case, threads: int) -> Call:
     affine, training = case.affine is not None, case.mode == "training"
     step = [
         *_laid_out(case),
-        *(
-            ()
-            if affine
-            else ("weight, bias = np.ones_like(running_mean), np.zeros_like(running_mean)",)
-        ),
+        *(() if affine else (ONES,)),
         "leaves = [chainer.Variable(array) for array in (x, weight, bias)]",
     ]
     if training:
@@ -733,6 +749,118 @@ def _chainer(case: Case, threads: int) -> Call:
             "running_var": "running_var",
             **{name: f"gradients[{i}].array" for i, name in enumerate(GRADIENTS)},
         },
+    )
+
+
+def _mindspore(case: Case, threads: int) -> Call:
+    training = case.mode == "training"
+    step = [
+        *(() if case.affine is not None else (ONES,)),
+        "leaves = [mindspore.Tensor(a) for a in (x, weight, bias)]",
+        "running = [mindspore.Parameter(mindspore.Tensor(a)) for a in (running_mean, running_var)]",
+        f"operator = mindspore.ops.BatchNorm(is_training={training}, epsilon={case.eps!r}, "
+        f"momentum={_momentum(case)})",
+    ]
+    if case.backward:
+        step += [
+            "def forward(*leaves):",
+            "    outputs = operator(*leaves, *running)",
+            "    return outputs[0], outputs",
+            "",
+            "_, pull, found = mindspore.vjp(forward, *leaves, has_aux=True)",
+            "gradients = pull(mindspore.Tensor(grad_output))",
+        ]
+    else:
+        step.append("found = operator(*leaves, *running)")
+    return Call(
+        ("import mindspore", "", 'mindspore.set_context(device_target="CPU")'),
+        tuple(step),
+        {
+            "y": "found[0].asnumpy()",
+            "batch_mean": "found[3].asnumpy()",
+            "batch_var": "found[4].asnumpy()",
+            "running_mean": "running_mean",
+            "running_var": "running_var",
+            **{name: f"gradients[{i}].asnumpy()" for i, name in enumerate(GRADIENTS)},
+        },
+        left=("running_mean, running_var = (array.asnumpy() for array in running)",),
+        environ={"OMP_NUM_THREADS": str(threads)},
+    )
+
+
+def _nnabla(case: Case, threads: int) -> Call:
+    affine, training = case.affine is not None, case.mode == "training"
+    kind = "half" if case.dtype == "float16" else "float"
+    step = [
+        "def variable(array):",
+        "    made = nnabla.Variable(array.shape, need_grad=True)",
+        "    made.d, made.g = array, 0",
+        "    return made",
+        "",
+        f"shape = {(1, case.channels) + (1,) * (len(case.shape) - 2)}",
+        "given = variable(x)",
+        "affine = [variable(a.reshape(shape)) for a in (bias, weight)]"
+        if affine
+        else "affine = [None, None]",
+        "running = [variable(a.reshape(shape)) for a in (running_mean, running_var)]",
+        f'context = nnabla.ext_utils.get_extension_context("cpu", type_config="{kind}")',
+        "with nnabla.context_scope(context):",
+        "    found = nnabla.functions.batch_normalization(given, *affine, *running, axes=[1],",
+        f"        decay_rate={_old(case)}, eps={case.eps!r}, batch_stat={training}, "
+        f"output_stat={training})",
+        f"    y = {'found[0]' if training else 'found'}",
+        "    y.forward()",
+        *(("    y.backward(np.ascontiguousarray(grad_output))",) if case.backward else ()),
+    ]
+    return Call(
+        ("import nnabla", "import nnabla.ext_utils", "import nnabla.functions"),
+        tuple(step),
+        {
+            "y": "y.d",
+            "batch_mean": "found[1].d.ravel()",
+            "batch_var": "found[2].d.ravel()",
+            "running_mean": "running_mean",
+            "running_var": "running_var",
+            "grad_input": "given.g",
+            "grad_weight": "affine[1].g.ravel()",
+            "grad_bias": "affine[0].g.ravel()",
+        },
+        left=("running_mean, running_var = (array.d.ravel() for array in running)",),
+        environ={"OMP_NUM_THREADS": str(threads)},
+    )
+
+
+def _megengine(case: Case, threads: int) -> Call:
+    affine, training = case.affine is not None, case.mode == "training"
+    four = "{}.reshape(1, -1, 1, 1)"
+    step = [
+        *(() if affine else (ONES,)),
+        "def tensor(array):",
+        '    return megengine.tensor(np.array(array, order="C"), device="cpux")',
+        "",
+        f"affine = [tensor({four.format('a')}) for a in (weight, bias)]",
+        f"running = [tensor({four.format('a')}) for a in (running_mean, running_var)]",
+        f"leaves = [tensor(x){', *affine' if affine else ''}]",
+        "with megengine.autodiff.GradManager().attach(leaves) as manager:",
+        "    found = megengine.functional.nn.batch_norm(leaves[0], *running, *affine,",
+        f"        training={training}, momentum={_old(case)}, eps={case.eps!r}, inplace=False)",
+        f"    y, *running = {'found' if training else '[found, *running]'}",
+        *(("    manager.backward([y], [tensor(grad_output)])",) if case.backward else ()),
+    ]
+    return Call(
+        ("import megengine", "import megengine.autodiff", "import megengine.functional"),
+        tuple(step),
+        {
+            "y": "y.numpy()",
+            "running_mean": "running_mean",
+            "running_var": "running_var",
+            **{
+                name: f"leaves[{i}].grad.numpy(){'.ravel()' if i else ''}"
+                for i, name in enumerate(GRADIENTS)
+            },
+        },
+        left=("running_mean, running_var = (tensor.numpy().ravel() for tensor in running)",),
+        environ={"OMP_NUM_THREADS": str(threads)},
     )
 
 
@@ -829,12 +957,14 @@ TEMPLATES: Mapping[str, Callable[[Case, int], Call]] = {
     "torch-cudnn@cuda": _torch("cuda"),
     "torch-cudnn-benchmark@cuda": _torch("cuda", (f"{CUDNN}.benchmark = True",)),
     "torch-cudnn-deterministic@cuda": _torch("cuda", (f"{CUDNN}.deterministic = True",)),
+    "torch-mkldnn@cpu": _mkldnn,
     "torch-compile@cpu": _torch(function=COMPILED),
     "torch-compile@cuda": _torch("cuda", function=COMPILED),
     "jax@cpu": _jax((), _standardize),
     "flax@cpu": _jax(("from flax import linen",), _linen(True)),
     "flax-stable@cpu": _jax(("from flax import linen",), _linen(False)),
     "flax-nnx@cpu": _jax(("from flax import nnx",), _nnx),
+    "haiku@cpu": _jax(("import haiku as hk",), _haiku),
     "keras-jax@cpu": _keras("jax"),
     "keras-tensorflow@cpu": _keras("tensorflow"),
     "keras-torch@cpu": _keras("torch"),
@@ -849,5 +979,8 @@ TEMPLATES: Mapping[str, Callable[[Case, int], Call]] = {
     "paddle@cpu": _paddle,
     "mxnet@cpu": _mxnet,
     "chainer@cpu": _chainer,
+    "mindspore@cpu": _mindspore,
+    "nnabla@cpu": _nnabla,
+    "megengine@cpu": _megengine,
 }
 """By backend; plug-ins and specimens are called as functions of NumPy arrays."""

@@ -249,6 +249,11 @@ def test_torch_is_called_as_the_adapter_calls_it(
     )
 
 
+def test_torch_is_called_with_a_tensor_of_onednn_s(tmp_path: Path, workers: Workers) -> None:
+    pytest.importorskip("torch")
+    assert_the_script_computes_the_same(workers, asymmetric(tmp_path), "torch-mkldnn@cpu", tmp_path)
+
+
 @pytest.mark.parametrize("backend", ["two-pass@cpu", "chainer-2016@cpu", "gemm@cpu"])
 def test_a_specimen_is_called_as_the_worker_calls_it(
     backend: str, tmp_path: Path, workers: Workers
@@ -324,6 +329,10 @@ FRAMEWORKS = {
     "paddle@cpu": "paddle",
     "mxnet@cpu": "mxnet",
     "chainer@cpu": "chainer",
+    "haiku@cpu": "haiku",
+    "mindspore@cpu": "mindspore",
+    "nnabla@cpu": "nnabla",
+    "megengine@cpu": "megengine",
 }
 
 

@@ -43,6 +43,7 @@ ORDER = (
     "compare",
     "api",
     "sides",
+    "source",
     "calls",
     "repro",
     "shrink",

@@ -19,9 +19,9 @@ from pydantic import ValidationError
 from bnaudit import calls
 from bnaudit.distributions import Array
 from bnaudit.inputs import Inputs
+from bnaudit.literals import Source, helpers, written
 from bnaudit.report import CaseRecord, Report, ResultRecord
 from bnaudit.scenario import Case, Parameters
-from bnaudit.source import Source, helpers, written
 from bnaudit.verdict import DEFAULT_THRESHOLDS, Thresholds
 from bnaudit.worker.rounding import widen
 

@@ -30,10 +30,10 @@ from bnaudit.distributions import (
 )
 from bnaudit.environments import AnySubject
 from bnaudit.inputs import make
+from bnaudit.literals import INLINE
 from bnaudit.measure import Reference
 from bnaudit.repro import Fault, fault_of
 from bnaudit.scenario import Affine, Case, Parameters, Running
-from bnaudit.source import INLINE
 from bnaudit.verdict import judge
 from bnaudit.worker.rounding import widen
 

@@ -43,7 +43,7 @@ ORDER = (
     "compare",
     "api",
     "sides",
-    "source",
+    "literals",
     "calls",
     "repro",
     "shrink",

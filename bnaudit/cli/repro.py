@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bnaudit.cli.common import INCOMPLETE, USAGE, Failure, announce, explained, interruptible
+from bnaudit.cli.common import CONFIG, INCOMPLETE, USAGE, Failure, explained, interruptible
 
 if TYPE_CHECKING:
     from bnaudit.distributions import Array
@@ -41,6 +41,7 @@ TIMEOUT = 120
     metavar="NAME=SPEC",
     help="The finding's environment, as bnaudit run was given it; --shrink and --issue need it.",
 )
+@CONFIG
 @click.option(
     "-o",
     "target",
@@ -54,6 +55,7 @@ def repro(
     shrink: bool,
     issue: bool,
     specifications: tuple[str, ...],
+    config: str | None,
     target: Path | None,
 ) -> int:
     """Writes a script that shows finding N of a report with nothing but NumPy and the framework.
@@ -63,7 +65,7 @@ def repro(
     with explained(), interruptible():
         from bnaudit import report as reports
 
-        _write(reports.load(report), number, shrink, issue, specifications, target)
+        _write(reports.load(report), number, shrink, issue, specifications, config, target)
         return 0
 
 
@@ -73,8 +75,10 @@ def _write(
     shrink: bool,
     issue: bool,
     specifications: tuple[str, ...],
+    config: str | None,
     target: Path | None,
 ) -> None:
+    from bnaudit import config as settings
     from bnaudit import environments
     from bnaudit import repro as scripts
     from bnaudit.cli.run import find_cache
@@ -89,7 +93,8 @@ def _write(
         )
         command: tuple[str, ...] = (sys.executable,)
         if shrink or issue:
-            command = _command(place, dict(environments.parse_all(specifications)))
+            known = settings.load(config).environments
+            command = _command(place, {**known, **dict(environments.parse_all(specifications))})
         case = scripts.rebuilt(record)
         with scratch_folder() as scratch:
             folder = scratch / "inputs"
@@ -140,7 +145,7 @@ def _write(
                 else:
                     path = target.with_suffix(".md")
                     path.write_text(text, encoding="utf-8")
-                    announce(f"issue {path}")
+                    _say(f"issue {path}")
             elif target is None:
                 click.echo(script.text, nl=False)
     except scripts.ReproError as error:
@@ -152,6 +157,7 @@ def _write(
 def _command(place: str, given: Mapping[str, str]) -> tuple[str, ...]:
     """What starts the finding's interpreter."""
     from bnaudit import environments
+    from bnaudit.progress import watch
 
     if place == environments.CURRENT:
         return (sys.executable,)
@@ -160,7 +166,7 @@ def _command(place: str, given: Mapping[str, str]) -> tuple[str, ...]:
             f"the finding is of the environment {place!r}: say where that is, with --env {place}=SPEC",
             USAGE,
         )
-    return environments.resolve(place, given[place], announce).command
+    return environments.resolve(place, given[place], watch(quiet=False)).command
 
 
 def _weight(case: Case, stored: Array | None) -> Array | None:
@@ -189,7 +195,7 @@ def _shrunk(
             case,
             lambda candidate: attempt(candidate, backend, subject, scratch, fault),
             scratch,
-            announce,
+            _say,
         )
     if found is None:
         raise Failure(
@@ -221,7 +227,7 @@ def _save(script: Script, target: Path | None) -> None:
     target.write_text(script.text, encoding="utf-8")
     for name, array in script.files.items():
         np.save(f"{target}.{name}.npy", array)
-    announce(f"script {target} ({len(script.text.splitlines())} lines)")
+    _say(f"script {target} ({len(script.text.splitlines())} lines)")
 
 
 def _save_scenario(
@@ -253,7 +259,7 @@ def _save_scenario(
     path.write_text(text, encoding="utf-8")
     options = [option for given in specifications for option in ("--env", given)]
     command = shlex.join(["bnaudit", "run", str(path), "-b", backend, *options])
-    announce(f"scenario {path}: {command}")
+    _say(f"scenario {path}: {command}")
 
 
 def _markdown(
@@ -311,3 +317,7 @@ def _run(command: tuple[str, ...], text: str, script: Script) -> tuple[int, str]
         except subprocess.TimeoutExpired:
             return 1, f"(no end within {TIMEOUT} s)\n"
     return done.returncode, done.stdout.decode(errors="replace")
+
+
+def _say(text: str) -> None:
+    click.echo(f"bnaudit: {text}", err=True)

@@ -37,7 +37,7 @@ from bnaudit.scenario import Affine, Case, Parameters, Running
 from bnaudit.verdict import judge
 from bnaudit.worker.rounding import widen
 
-BUDGET = 45.0
+BUDGET = 40.0
 """Seconds after which nothing smaller is looked for."""
 
 MARGIN = 2.0

@@ -302,6 +302,11 @@ class File(_Distribution):
         self._source = (context or {}).get("folder", Path()) / self.path
 
     @property
+    def source(self) -> Path:
+        """The file, from here."""
+        return self._source
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the array. Raises FileError."""
         return read_array(self._source, self.key).shape

@@ -32,7 +32,18 @@ from bnaudit.rejudge import Overrides
 from bnaudit.report import ReportError, json_schema, load
 from bnaudit.worker.backends import BACKENDS
 
-COMMANDS = ("run", "list", "show", "check", "compare", "upgrade", "probe", "schema", "doctor")
+COMMANDS = (
+    "run",
+    "list",
+    "show",
+    "check",
+    "compare",
+    "upgrade",
+    "probe",
+    "repro",
+    "schema",
+    "doctor",
+)
 
 
 class Outcome:

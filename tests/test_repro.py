@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from frameworks import command
 
 from bnaudit import audit, calls, repro
 from bnaudit.inputs import Inputs, make
@@ -27,8 +28,6 @@ from bnaudit.worker.backends import BACKENDS
 from bnaudit.worker.backends._exact import exact
 from bnaudit.worker.layout import bits
 from bnaudit.worker.rounding import round_to, widen, widen64
-
-ENVIRONMENTS = os.environ.get("BNAUDIT_ENVS")
 
 CONSTANT = """
 name: constant
@@ -303,13 +302,6 @@ def test_a_plugin_is_imported_from_its_file(tmp_path: Path, workers: Workers) ->
     assert_the_script_computes_the_same(workers, case, f"{path}:batch_norm", tmp_path)
 
 
-def environment(name: str) -> str:
-    python = Path(ENVIRONMENTS or "", name, "bin", "python")
-    if not python.exists():
-        pytest.skip(f"{python} is not there (BNAUDIT_ENVS: environments by framework)")
-    return str(python)
-
-
 FRAMEWORKS = {
     "jax@cpu": "jax",
     "flax@cpu": "jax",
@@ -336,7 +328,6 @@ FRAMEWORKS = {
 }
 
 
-@pytest.mark.skipif(ENVIRONMENTS is None, reason="BNAUDIT_ENVS names no folder of environments")
 @pytest.mark.parametrize("backend", FRAMEWORKS)
 @pytest.mark.parametrize(
     "fields",
@@ -349,7 +340,7 @@ FRAMEWORKS = {
 def test_frameworks_are_called_as_their_adapters_call_them(
     backend: str, fields: dict[str, str], tmp_path: Path, workers: Workers
 ) -> None:
-    python = environment(FRAMEWORKS[backend])
+    python = command(FRAMEWORKS[backend])[0]
     assert_the_script_computes_the_same(
         workers, asymmetric(tmp_path, **fields), backend, tmp_path, python
     )

@@ -1,21 +1,25 @@
-"""Planted faults × the shipped scenarios: what this project's own cases find, and what only they find.
+"""Planted faults × scenarios: what the shipped cases find, and what each file of them alone finds.
 
-Faults and correct variants (`bnaudit.defects`) run in the auditor's own processes, one case at a time, on the
-inputs and against the reference that all of them share; they are judged like any backend.
+Faults and correct variants (`bnaudit.defects`) run in processes of the auditor's own, where all of them share
+a case's inputs and reference; they are judged as any backend is.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import shutil
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
+from bnaudit import __version__
 from bnaudit.defects import CORRECT, FAULTS, RESEMBLES
 from bnaudit.defects.layer import Layer
 from bnaudit.inputs import Array, make
@@ -24,40 +28,152 @@ from bnaudit.reference import check_environment
 from bnaudit.scenario import Case, Scenario
 from bnaudit.subject import CASE_FIELDS
 from bnaudit.verdict import judge
-from bnaudit.worker.execution import Implementation, NoResult, Tensors, run
+from bnaudit.worker import execution
+from bnaudit.worker.execution import Implementation, NoResult, Tensors
 from bnaudit.worker.layout import bits
 
-Kill = tuple[str, str]
-"""A fault and a quantity in which it failed."""
+Kill: TypeAlias = tuple[str, str]
+"""A fault, and a quantity in which it failed."""
 
 
 @dataclass(frozen=True)
+class Task:
+    """One case, with the names of what runs on it."""
+
+    case: Case
+    faults: Sequence[str]
+    variants: Sequence[str]
+
+
+@dataclass
 class Outcome:
     """What one case found.
 
     Attributes:
-        case: the case's id. scenario: its name. file: the scenario's file.
+        case: its id.
+        file: the scenario's file.
         kills: quantities that failed, by fault.
-        flags: why a correct variant did not pass, by variant.
-        errors: why a fault gave no outputs, by fault: no scenario's merit.
+        flags: why a correct variant failed, by variant.
+        errors: why a fault gave no outputs, by fault; which is no scenario's merit.
     """
 
     case: str
-    scenario: str
     file: str
-    kills: Mapping[str, frozenset[str]]
-    flags: Mapping[str, str]
-    errors: Mapping[str, str]
+    kills: dict[str, frozenset[str]] = field(default_factory=dict)
+    flags: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+def plan(
+    scenarios: Sequence[Scenario],
+    faults: Sequence[str] = tuple(FAULTS),
+    variants: Sequence[str] = tuple(CORRECT),
+) -> list[Task]:
+    """All cases that a backend can run; without a variant where the yardstick that it resembles must fail."""
+    return [
+        Task(case, faults, [v for v in variants if RESEMBLES.get(v) not in excused])
+        for scenario in scenarios
+        for excused in [scenario.controls.must_fail]
+        for case in scenario.cases
+        if case.unsupported() is None
+    ]
+
+
+def run(tasks: Sequence[Task], scratch: Path, *, processes: int) -> Iterator[Outcome]:
+    """Yields what each case found, as soon as it is done.
+
+    Raises EnvironmentFaultError where no exact reference can be computed.
+    """
+    check_environment()
+    # The longest first, so that no process is left with one at the end.
+    ordered = sorted(tasks, key=lambda task: -task.case.steps * task.case.n * task.case.channels)
+    # Not forked, because numba's threads would not be there. An interrupt is this process's affair.
+    with ProcessPoolExecutor(
+        processes,
+        multiprocessing.get_context("spawn"),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    ) as pool:
+        futures = [
+            pool.submit(examine, task, scratch / f"case-{number}")
+            for number, task in enumerate(ordered)
+        ]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def examine(task: Task, folder: Path) -> Outcome:
+    """Runs one case; its inputs are in the folder meanwhile."""
+    case = task.case
+    outcome = Outcome(case.id, case.file)
+    fields = {name: getattr(case, name) for name in CASE_FIELDS}
+    folder.mkdir()
+    try:
+        inputs = make(case, folder)
+        try:
+            tensors = Tensors(fields, inputs.files, "numpy")
+        except NoResult:
+            return outcome  # bfloat16, without ml_dtypes
+        reference = Reference(case, inputs)
+
+        def outputs(layer: Layer) -> Mapping[str, Array]:
+            return execution.run(Implementation(layer, "numpy"), fields, tensors).outputs
+
+        def failures(found: Mapping[str, Array]) -> dict[str, str]:
+            """Reasons, by quantity."""
+            verdict = judge(
+                case.thresholds, reference.measure(found, Declarations()), reference.facts
+            )
+            return {
+                name: str(judged.reason)
+                for name, judged in verdict.quantities.items()
+                if judged.status == "fail"
+            }
+
+        right = outputs(Layer())
+        for name in task.faults:
+            try:
+                found = outputs(FAULTS[name]())
+            except NoResult as end:
+                outcome.errors[name] = end.reason
+                continue
+            # What a fault leaves as it was needs no judgement.
+            changed = {key: a for key, a in found.items() if not _same(a, right.get(key))}
+            if failed := failures(changed):
+                outcome.kills[name] = frozenset(failed)
+        for name in task.variants:
+            try:
+                failed = failures(outputs(CORRECT[name]()))
+            except NoResult as end:
+                failed = {end.outcome: end.reason}
+            if failed:
+                outcome.flags[name] = "; ".join(f"{key}: {why}" for key, why in failed.items())
+        return outcome
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _same(a: Array, b: Array | None) -> bool:
+    return b is not None and a.dtype == b.dtype and np.array_equal(bits(a), bits(b))
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """All outcomes together. faults: those that were planted. files: in the order in which they ran."""
+    """All outcomes together. files: those of the scenarios, in the order in which they were loaded."""
 
     faults: Sequence[str]
     variants: Sequence[str]
     files: Sequence[str]
     outcomes: Sequence[Outcome]
+
+    @classmethod
+    def of(cls, scenarios: Sequence[Scenario], outcomes: Sequence[Outcome]) -> Matrix:
+        """The matrix of every fault and variant."""
+        files = dict.fromkeys(str(scenario.cases[0].file) for scenario in scenarios)
+        return cls(tuple(FAULTS), tuple(CORRECT), tuple(files), outcomes)
 
     @cached_property
     def kills(self) -> dict[str, dict[str, frozenset[str]]]:
@@ -70,20 +186,6 @@ class Matrix:
         return found
 
     @cached_property
-    def survivors(self) -> list[str]:
-        """Faults that no case found."""
-        return [fault for fault in self.faults if not self.kills[fault]]
-
-    @cached_property
-    def flags(self) -> list[tuple[str, str, str]]:
-        """Correct variants that did not pass: (variant, case, reason)."""
-        return [
-            (variant, outcome.case, reason)
-            for outcome in self.outcomes
-            for variant, reason in outcome.flags.items()
-        ]
-
-    @cached_property
     def alone(self) -> dict[str, list[Kill]]:
         """By file, what no other file found."""
         holders: dict[Kill, list[str]] = {}
@@ -91,96 +193,65 @@ class Matrix:
             for file, quantities in files.items():
                 for quantity in quantities:
                     holders.setdefault((fault, quantity), []).append(file)
-        found: dict[str, list[Kill]] = {file: [] for file in self.files}
-        for kill in sorted(holders):
-            if len(holders[kill]) == 1:
-                found[holders[kill][0]].append(kill)
+        return {
+            file: sorted(kill for kill, files in holders.items() if files == [file])
+            for file in self.files
+        }
+
+    @cached_property
+    def survivors(self) -> list[str]:
+        """Faults that no case found."""
+        return [fault for fault in self.faults if not self.kills[fault]]
+
+    @cached_property
+    def flags(self) -> list[tuple[str, str, str]]:
+        """Correct variants that failed: (variant, case, reason)."""
+        return [
+            (variant, outcome.case, reason)
+            for outcome in self.outcomes
+            for variant, reason in outcome.flags.items()
+        ]
+
+    @cached_property
+    def errors(self) -> dict[str, list[str]]:
+        """Why faults gave no outputs, by fault."""
+        found: dict[str, list[str]] = {}
+        for outcome in self.outcomes:
+            for fault, reason in outcome.errors.items():
+                found.setdefault(fault, []).append(f"{outcome.case}: {reason}")
         return found
 
     @property
     def exit_code(self) -> int:
-        """0 where every fault is found and no correct variant flagged, else 1."""
+        """0 where every fault was found and no correct variant flagged, else 1."""
         return 1 if self.survivors or self.flags else 0
 
+    def describe(self, fault: str) -> str:
+        """What is wrong in it, and where it was so."""
+        return str(FAULTS[fault].__doc__)
 
-def plant(
-    scenarios: Sequence[Scenario],
-    faults: Sequence[str],
-    variants: Sequence[str],
-    scratch: Path,
-    *,
-    processes: int,
-) -> Iterator[Outcome]:
-    """Runs faults and correct variants on every case, and yields what each case found, as it is done.
-
-    Raises EnvironmentFaultError where no exact reference can be computed.
-    """
-    check_environment()
-    work = [
-        (case, tuple(faults), tuple(v for v in variants if not _is_excused(scenario, v)))
-        for scenario in scenarios
-        for case in scenario.cases
-        if case.unsupported() is None
-    ]
-    # The longest first, so that no process is left with one at the end.
-    work.sort(key=lambda item: -item[0].steps * item[0].n * item[0].channels)
-    context = multiprocessing.get_context("spawn")  # threads of numba do not survive a fork
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        futures = [
-            pool.submit(_examine, *item, scratch / f"case-{index}")
-            for index, item in enumerate(work)
-        ]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _is_excused(scenario: Scenario, variant: str) -> bool:
-    return RESEMBLES.get(variant) in scenario.controls.must_fail
-
-
-def _examine(case: Case, faults: Sequence[str], variants: Sequence[str], folder: Path) -> Outcome:
-    """One case on all faults and variants."""
-    folder.mkdir()
-    kills: dict[str, frozenset[str]] = {}
-    flags: dict[str, str] = {}
-    errors: dict[str, str] = {}
-    try:
-        inputs = make(case, folder)
-        reference = Reference(case, inputs)
-        fields = {name: getattr(case, name) for name in CASE_FIELDS}
-        tensors = Tensors(fields, inputs.files, "numpy")
-        right = run(Implementation(Layer(), "numpy"), fields, tensors).outputs
-        for name in (*faults, *variants):
-            try:
-                layer = {**FAULTS, **CORRECT}[name]()
-                outputs = run(Implementation(layer, "numpy"), fields, tensors).outputs
-            except NoResult as end:
-                if end.outcome != "unsupported":
-                    (flags if name in CORRECT else errors)[name] = end.reason
-                continue
-            if name in FAULTS:
-                # What a fault leaves as it was needs no judgement.
-                outputs = {
-                    quantity: array
-                    for quantity, array in outputs.items()
-                    if quantity not in right or not _equal(array, right[quantity])
+    def to_json(self) -> str:
+        """Everything, for machines."""
+        document = {
+            "bnaudit_version": __version__,
+            "cases": len(self.outcomes),
+            "faults": {
+                fault: {
+                    "description": self.describe(fault),
+                    "killed_by": {file: sorted(found) for file, found in files.items()},
                 }
-            verdict = judge(case, reference.measure(outputs, Declarations()), reference)
-            failed = frozenset(q for q, j in verdict.quantities.items() if j.status == "fail")
-            if name in CORRECT and verdict.status == "fail":
-                flags[name] = str(verdict.reason)
-            elif name in FAULTS and failed:
-                kills[name] = failed
-    except NoResult as end:
-        if end.outcome != "unsupported":  # bfloat16 without ml_dtypes
-            raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return Outcome(case.id, case.scenario, case.file, kills, flags, errors)
-
-
-def _equal(a: Array, b: Array) -> bool:
-    return a.dtype == b.dtype and np.array_equal(bits(a), bits(b))
+                for fault, files in self.kills.items()
+            },
+            "alone": {
+                file: [{"fault": fault, "quantity": quantity} for fault, quantity in kills]
+                for file, kills in self.alone.items()
+            },
+            "survivors": self.survivors,
+            "flags": [
+                {"variant": variant, "case": case, "reason": reason}
+                for variant, case, reason in self.flags
+            ],
+            "errors": self.errors,
+            "exit_code": self.exit_code,
+        }
+        return json.dumps(document, indent=1) + "\n"

@@ -1,7 +1,7 @@
 """BatchNorms with one fault each, and correct ones: what an audit must tell apart.
 
-Every fault is one that a public tracker knows, or one of its class; the class's docstring says which. As a
-plug-in, one is `bnaudit.defects:PLUGINS["one-pass-variance"]()`, a function of NumPy arrays.
+Every fault is one that a public tracker knows, or one of its class; the class's docstring says which ("Cf.":
+one of its class). An instance is called as a plug-in's function is.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from types import ModuleType
 from bnaudit.defects import correct, gradients, normalization, running, statistics, tensors
 from bnaudit.defects.layer import Layer
 
+WORDS = re.compile(r"(?<=[a-z\d])(?=[A-Z])|(?<=[a-z])(?<!loat)(?=\d)")
+"""Where a word begins in a class's name: at a capital, or at a number other than that of float16."""
+
 
 def _layers(*modules: ModuleType) -> dict[str, type[Layer]]:
     """The layers that are defined in the modules, by name: OnePassVariance is one-pass-variance."""
     return {
-        re.sub(r"(?<=[a-z])(?=[A-Z0-9])|(?<=\d)(?=[A-Z])", "-", name).lower(): found
+        WORDS.sub("-", name).lower(): found
         for module in modules
         for name, found in vars(module).items()
         if isinstance(found, type) and found.__module__ == module.__name__

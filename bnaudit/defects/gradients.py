@@ -163,7 +163,7 @@ class EpsMissingBackward(Layer):
 
 
 class WeightGradientOfProduct(Layer):
-    """grad_weight as (Σ dy x - mean Σ dy) invstd in float32, which cancels. Cf. tensorflow/tensorflow#118701."""
+    """grad_weight as (Σ dy x - mean Σ dy) invstd in float32 cancels. Cf. tensorflow/tensorflow#118701."""
 
     def backward(self, call: Call, rows: Array, dy: Array, mean: Array, invstd: Array) -> Outputs:
         """One pass."""
@@ -370,3 +370,64 @@ class GradientOverflow(Layer):
                 products = (dy * xhat).astype(np.float16)
             outputs["grad_weight"] = products.astype(np.float64).sum(axis=1)
         return outputs
+
+
+class SixteenBitBackward(Layer):
+    """The backward pass of 16-bit activations computes in 16 bits. Cf. pytorch/pytorch#147303."""
+
+    def backward(self, call: Call, rows: Array, dy: Array, mean: Array, invstd: Array) -> Outputs:
+        """Activations that are centred, and products, are rounded."""
+        if not is_half(call):
+            return super().backward(call, rows, dy, mean, invstd)
+        dtype = call.x.dtype
+        xhat = ((rows - mean[:, None]).astype(dtype) * invstd.astype(dtype)[:, None]).astype(dtype)
+        grad_bias, grad_weight = self.total(call, dy), (dy.astype(dtype) * xhat).astype(rows.dtype)
+        total = self.total(call, grad_weight)
+        n = max(call.n, 1)
+        dx = dy.astype(dtype)
+        if call.training:
+            dx = dx - (grad_bias / n).astype(dtype)[:, None]
+            dx = dx - xhat * (total / n).astype(dtype)[:, None]
+        dx = dx * (invstd * self.weight(call, rows)).astype(dtype)[:, None]
+        return {
+            "grad_input": self.write_gradient(call, dx),
+            "grad_weight": total,
+            "grad_bias": grad_bias,
+        }
+
+
+class SwallowedNan(Layer):
+    """Gradients that are NaN count as zero. Cf. KamitaniLab/bdpy#110."""
+
+    def read_gradient(self, call: Call, tensor: Array) -> Array:
+        """So that divergence is hidden."""
+        rows = super().read_gradient(call, tensor)
+        return np.where(np.isnan(rows), 0.0, rows)
+
+
+class BiasGradientOfOutput(Layer):
+    """grad_bias carries the weight. Cf. intel/ipex-llm#94."""
+
+    def backward(self, call: Call, rows: Array, dy: Array, mean: Array, invstd: Array) -> Outputs:
+        """weight Σ dy."""
+        outputs = super().backward(call, rows, dy, mean, invstd)
+        outputs["grad_bias"] = outputs["grad_bias"] * self.weight(call, rows)
+        return outputs
+
+
+class TransposedPlane(Layer):
+    """Rows and columns of grad_output change places. Cf. pytorch/pytorch#64039."""
+
+    def read_gradient(self, call: Call, tensor: Array) -> Array:
+        """In memory, of rank 4."""
+        if tensor.ndim == 4:
+            tensor = np.ascontiguousarray(tensor.swapaxes(2, 3)).reshape(tensor.shape)
+        return super().read_gradient(call, tensor)
+
+
+class EpsTwiceBackward(Layer):
+    """eps is added once more in the backward pass. Cf. flagos-ai/FlagGems#5222."""
+
+    def backward(self, call: Call, rows: Array, dy: Array, mean: Array, invstd: Array) -> Outputs:
+        """1 / sqrt(var + 2 eps)."""
+        return super().backward(call, rows, dy, mean, 1 / np.sqrt(1 / np.square(invstd) + call.eps))

@@ -118,7 +118,7 @@ class NoRoot(Layer):
 
 
 class ApproximateRoot(Layer):
-    """A reciprocal square root of 12 bits, as without a Newton step. Tencent/ncnn#6903, pytorch/pytorch#47478."""
+    """A reciprocal square root of 12 bits, never refined. Tencent/ncnn#6903, pytorch/pytorch#47478."""
 
     def invstd(self, call: Call, var: Array) -> Array:
         """Keeps 12 bits."""
@@ -139,18 +139,18 @@ class SixteenBitInvstd(Layer):
 
 
 class AffineFolding(Layer):
-    """y = x a + (b - m a) in the statistics dtype, which cancels. fastmachinelearning/hls4ml#142."""
+    """y = x a + (b - m a) with a fused product, which cancels. fastmachinelearning/hls4ml#142."""
 
-    modes = (True, False)
+    modes: tuple[bool, ...] = (True, False)
 
     def normalize(self, call: Call, rows: Array, mean: Array, invstd: Array) -> Array:
-        """One product and one sum."""
+        """One product and one sum, fused: only the shift has been rounded."""
         if call.training not in self.modes:
             return super().normalize(call, rows, mean, invstd)
         dtype = call.statistics_dtype
         scale = (invstd * self.weight(call, rows)).astype(dtype)
         shift = self.bias(call, rows).astype(dtype) - mean.astype(dtype) * scale
-        return rows.astype(dtype) * scale[:, None] + shift[:, None]
+        return rows * scale.astype(rows.dtype)[:, None] + shift.astype(rows.dtype)[:, None]
 
 
 class InferenceFolding(AffineFolding):
@@ -273,7 +273,7 @@ class ZeroWeightSkipped(Layer):
 
 
 class WeightAlongRows(Layer):
-    """Where the last axis is as long as the channels, parameters are broadcast along it. tensorlayer/TensorLayer#963."""
+    """Parameters are broadcast along a last axis as long as the channels. tensorlayer/TensorLayer#963."""
 
     def normalize(self, call: Call, rows: Array, mean: Array, invstd: Array) -> Array:
         """NumPy's own broadcasting."""
@@ -357,7 +357,7 @@ class FlushedOutput(Layer):
 
 
 class ClippedOutput(Layer):
-    """xhat is clipped to ten standard deviations. Cf. BVLC/caffe#3963, whose successors clip."""
+    """xhat is clipped to ten standard deviations. Cf. BVLC/caffe#3963 (NVCaffe)."""
 
     def normalize(self, call: Call, rows: Array, mean: Array, invstd: Array) -> Array:
         """Before the affine step."""
@@ -445,7 +445,7 @@ class SingleElement(Layer):
 
 
 class SingleElementInference(Layer):
-    """With one element per channel training falls back on the running statistics. pyg-team/pytorch_geometric#5530."""
+    """With one element per channel training uses running statistics. pyg-team/pytorch_geometric#5530."""
 
     def used(self, call: Call, rows: Array, mean: Array, var: Array) -> tuple[Array, Array]:
         """As in inference."""
@@ -458,3 +458,68 @@ class SingleImageInference(Layer):
     def used(self, call: Call, rows: Array, mean: Array, var: Array) -> tuple[Array, Array]:
         """As in inference."""
         return self.running(call, rows) if call.x.shape[0] == 1 else (mean, var)
+
+
+class EpsFalsy(Layer):
+    """An eps of 0 is taken for none given, and becomes 1e-5. Cf. PaddlePaddle/Paddle#5692."""
+
+    def invstd(self, call: Call, var: Array) -> Array:
+        """`eps or 1e-5`."""
+        return 1 / np.sqrt(var + (call.eps or 1e-5))
+
+
+class BiasTwice(Layer):
+    """The bias is added by two of the fused operators. Cf. microsoft/onnxscript#3027."""
+
+    def bias(self, call: Call, rows: Array) -> Array:
+        """2 bias."""
+        return 2 * super().bias(call, rows)
+
+
+class WeightTwice(Layer):
+    """The weight is applied by two of the fused operators. Cf. microsoft/onnxscript#3027."""
+
+    def normalize(self, call: Call, rows: Array, mean: Array, invstd: Array) -> Array:
+        """weight² xhat + bias."""
+        return super().normalize(call, rows, mean, invstd * self.weight(call, rows))
+
+
+class OutputRelu(Layer):
+    """An activation is fused where none was asked for. Cf. mapillary/inplace_abn#116."""
+
+    def normalize(self, call: Call, rows: Array, mean: Array, invstd: Array) -> Array:
+        """Nothing below 0."""
+        return np.maximum(super().normalize(call, rows, mean, invstd), 0)
+
+
+class SixteenBitInference(SixteenBitArithmetic):
+    """Inference computes in 16 bits, training does not. Cf. tracel-ai/burn#4769."""
+
+    def normalize(self, call: Call, rows: Array, mean: Array, invstd: Array) -> Array:
+        """As in training otherwise."""
+        own = Layer if call.training else SixteenBitArithmetic
+        return own.normalize(self, call, rows, mean, invstd)
+
+
+class SixteenBitRunningStatistics(Layer):
+    """Inference casts the running statistics to the activations' dtype. Cf. Oneflow-Inc/oneflow#9388."""
+
+    def used(self, call: Call, rows: Array, mean: Array, var: Array) -> tuple[Array, Array]:
+        """Rounds."""
+        if call.training:
+            return mean, var
+        with np.errstate(over="ignore"):
+            dtype = call.x.dtype
+            return mean.astype(dtype).astype(mean.dtype), var.astype(dtype).astype(var.dtype)
+
+
+class WrongInvstd(Layer):
+    """The 1 / sqrt(var + eps) that is handed out lacks eps. Cf. apache/mxnet#9216."""
+
+    def apply(self, call: Call) -> dict[str, Any]:
+        """y is right."""
+        outputs = super().apply(call)
+        if "batch_var" in outputs:
+            with np.errstate(divide="ignore"):
+                outputs["invstd"] = 1 / np.sqrt(outputs["batch_var"])
+        return outputs

@@ -261,7 +261,7 @@ class SixteenBitBessel(Layer):
 
 
 class ClippedAverages(Layer):
-    """A batch's variance is clipped to four times the running one. Cf. BVLC/caffe#3963, whose successors clip."""
+    """A batch's variance is clipped to four times the running one. BVLC/caffe#3963 (NVCaffe)."""
 
     def average(self, call: Call, mean: Array, var: Array) -> tuple[Array, Array]:
         """Except where that is 0."""
@@ -301,3 +301,48 @@ class AveragesLoseStep(Layer):
         if self._step > 2:
             return self.running(call, mean)
         return super().average(call, mean, var)
+
+
+class MomentumFalsy(Layer):
+    """A momentum of 0 is taken for none given, and becomes 0.1. Cf. pytorch/pytorch#15298."""
+
+    def blend(self, call: Call, new: Array, old: Array) -> Array:
+        """`momentum or 0.1`."""
+        momentum = call.momentum or 0.1
+        return (1 - momentum) * old.astype(new.dtype) + momentum * new
+
+
+class MomentumInFloat32(Layer):
+    """momentum of a float64 layer is a float32. Cf. tensorflow/tensorflow#33365."""
+
+    def blend(self, call: Call, new: Array, old: Array) -> Array:
+        """Rounds it."""
+        momentum = float(np.float32(call.momentum))
+        return (1 - momentum) * old.astype(new.dtype) + momentum * new
+
+
+class Float32Averages(Layer):
+    """Running statistics of a float64 layer are kept in float32. Cf. tensorflow/tensorflow#33365."""
+
+    def blend(self, call: Call, new: Array, old: Array) -> Array:
+        """Rounds."""
+        return super().blend(call, new, old).astype(np.float32)
+
+
+class BesselWithoutDepth(Layer):
+    """Of five axes the depth is missing in n - 1. Cf. tinygrad/tinygrad#807."""
+
+    def average(self, call: Call, mean: Array, var: Array) -> tuple[Array, Array]:
+        """Corrects for too few."""
+        shape = call.x.shape
+        n = call.n // shape[2] if len(shape) == 5 else call.n
+        own, right = n / max(n - 1, 1), call.n / max(call.n - 1, 1)
+        return super().average(call, mean, var * (own / right))
+
+
+class HalvedAverages(Layer):
+    """Two ranks average what both have averaged. Cf. pytorch/pytorch#22192."""
+
+    def blend(self, call: Call, new: Array, old: Array) -> Array:
+        """Half of it moves."""
+        return super().blend(call, new / 2, old)

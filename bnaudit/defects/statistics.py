@@ -174,7 +174,7 @@ class OverflowingSquares(Layer):
 
 
 class TensorFloat32(Layer):
-    """Sums run through matrix units that keep 10 bits of a float32. pytorch/pytorch#53635, tenstorrent/tt-metal#47791."""
+    """Sums run through matrix units that keep 10 bits. pytorch/pytorch#53635, tenstorrent/tt-metal#47791."""
 
     def statistics(self, call: Call, rows: Array) -> tuple[Array, Array]:
         """Of values that are cut to TF32."""
@@ -347,7 +347,7 @@ class ClampedInfinity(Layer):
 
 
 class LeakingNan(Layer):
-    """Statistics by a matrix product over all channels: 0 times NaN leaks into each. Cf. areal-project/AReaL#1347."""
+    """A matrix product over all channels: 0 times NaN leaks into each. Cf. areal-project/AReaL#1347."""
 
     def statistics(self, call: Call, rows: Array) -> tuple[Array, Array]:
         """The product of the sums with a unit matrix."""
@@ -399,3 +399,78 @@ class EmptyBatchDecays(Layer):
         if call.n == 0 and call.training:
             outputs["running_var"] = outputs["running_var"] * (1 - call.momentum)
         return outputs
+
+
+class SplitTail(BlockTail):
+    """A long channel is split into eighths, and what is left over is lost. Cf. ROCm/rocm-libraries#6765."""
+
+    def statistics(self, call: Call, rows: Array) -> tuple[Array, Array]:
+        """From 4096 elements on."""
+        whole = call.n - call.n % 8 if call.n >= 4096 else call.n
+        return Layer.statistics(self, call, rows[:, :whole])
+
+
+class GhostBatch(Layer):
+    """A batch is normalized 32 images at a time. Cf. run-ai/runai#14."""
+
+    def normalize(self, call: Call, rows: Array, mean: Array, invstd: Array) -> Array:
+        """Each part by itself, in training."""
+        images = call.x.shape[0]
+        if not call.training or images <= 32:
+            return super().normalize(call, rows, mean, invstd)
+        parts = []
+        for part in blocks(rows, 32 * (call.n // images)):
+            own, var = super().statistics(call, part)
+            parts.append(super().normalize(call, part, own, self.invstd(call, var)))
+        return np.concatenate(parts, axis=1)
+
+
+class RelativeFloor(Layer):
+    """Variances below a millionth of the mean's square count as rounding. Cf. tensorflow/tensorflow#3290."""
+
+    def statistics(self, call: Call, rows: Array) -> tuple[Array, Array]:
+        """0 there."""
+        mean, var = super().statistics(call, rows)
+        return mean, np.where(var < 1e-6 * np.square(mean), 0.0, var)
+
+
+class MeanOfMagnitudes(Layer):
+    """The mean is that of |x|. Cf. tensorflow/tensorflow#3290."""
+
+    def statistics(self, call: Call, rows: Array) -> tuple[Array, Array]:
+        """The variance is right."""
+        _, var = super().statistics(call, rows)
+        return np.abs(rows).mean(axis=1), var
+
+
+class Bfloat16AsFloat16(Layer):
+    """bfloat16 activations pass through float16, which ends at 65504. Cf. tinygrad/tinygrad#11848."""
+
+    def read(self, call: Call, tensor: Array) -> Array:
+        """Rounds, or overflows."""
+        if tensor.dtype.name != "bfloat16":
+            return super().read(call, tensor)
+        with np.errstate(over="ignore"):
+            return super().read(call, tensor.astype(np.float32).astype(np.float16))
+
+
+class Float16AsBfloat16(Layer):
+    """float16 activations pass through bfloat16, which has 8 bits. Cf. tenstorrent/tt-metal#19882."""
+
+    def read(self, call: Call, tensor: Array) -> Array:
+        """Cuts."""
+        if tensor.dtype != np.float16:
+            return super().read(call, tensor)
+        bits = np.ascontiguousarray(tensor.astype(np.float32)).view(np.uint32)
+        return super().read(call, (bits & np.uint32(0xFFFF0000)).view(np.float32))
+
+
+class FlushedHalf(Layer):
+    """Subnormal float16 activations count as zero. Cf. apache/mxnet#19361."""
+
+    def read(self, call: Call, tensor: Array) -> Array:
+        """Below 6.1e-5."""
+        rows = super().read(call, tensor)
+        if tensor.dtype != np.float16:
+            return rows
+        return np.where(np.abs(rows) < 2.0**-14, 0.0, rows)

@@ -189,7 +189,9 @@ class OneChannel(Layer):
             return y
         images = rows.reshape(call.x.shape[0], -1)
         own = (images - images.mean(axis=0)) / np.sqrt(images.var(axis=0) + call.eps)
-        return own.reshape(1, -1) * self.weight(call, rows)[:, None] + self.bias(call, rows)[:, None]
+        return (
+            own.reshape(1, -1) * self.weight(call, rows)[:, None] + self.bias(call, rows)[:, None]
+        )
 
 
 class SquareTransposed(Layer):
@@ -365,3 +367,104 @@ class PlaneLimit(Layer):
             flat[:, :, self.limit :] = 0
             y = flat.reshape(y.shape)
         return y
+
+
+# --- in one of the modes or passes only -------------------------------------------------------------
+
+
+class ChannelsLastInference(Layer):
+    """Inference reads channels_last memory as contiguous. pytorch/pytorch#62594."""
+
+    def read(self, call: Call, tensor: Array) -> Array:
+        """Training does not."""
+        wrong = not call.training and is_channels_last(tensor)
+        return super().read(call, misread(tensor) if wrong else tensor)
+
+
+class GapsReadInInference(GapsRead):
+    """Inference ignores the step of a strided tensor. Cf. ByteDance-Seed/VeOmni#958."""
+
+    def read(self, call: Call, tensor: Array) -> Array:
+        """Training does not."""
+        return Layer.read(self, call, tensor) if call.training else super().read(call, tensor)
+
+
+class GapsReadInGradient(GapsRead):
+    """The backward pass ignores the step of grad_output. ByteDance-Seed/VeOmni#958."""
+
+    def read(self, call: Call, tensor: Array) -> Array:
+        """x is read rightly."""
+        return Layer.read(self, call, tensor)
+
+    def read_gradient(self, call: Call, tensor: Array) -> Array:
+        """As if there were no gaps."""
+        return GapsRead.read(self, call, tensor)
+
+
+class ChannelTailInInference(ChannelTail):
+    """Inference leaves channels that fill no block of 4 as they are. Cf. NVIDIA/apex#1768."""
+
+    def write(self, call: Call, rows: Array) -> Array:
+        """Training does not."""
+        return Layer.write(self, call, rows) if call.training else super().write(call, rows)
+
+
+class SpatialTailInInference(SpatialTail):
+    """Inference does not write what fills no vector of 4. Cf. ROCm/rocm-libraries#6765."""
+
+    def write(self, call: Call, rows: Array) -> Array:
+        """Training does."""
+        return Layer.write(self, call, rows) if call.training else super().write(call, rows)
+
+
+class FirstImagesInInference(FirstImages):
+    """Inference does not write images beyond the first 32. Cf. microsoft/onnxruntime#17406."""
+
+    def write(self, call: Call, rows: Array) -> Array:
+        """Training does."""
+        return Layer.write(self, call, rows) if call.training else super().write(call, rows)
+
+
+class OddImage(Layer):
+    """The last of an odd number of images is not written. Cf. ROCm/MIOpen#1109."""
+
+    def write(self, call: Call, rows: Array) -> Array:
+        """0 in it, where there are several."""
+        y = super().write(call, rows)
+        if len(y) > 1 and len(y) % 2:
+            y[-1] = 0
+        return y
+
+
+class ShiftedParameters(Layer):
+    """In channels_last each channel has its neighbour's weight. Cf. tensorlayer/TensorLayer#963."""
+
+    def weight(self, call: Call, rows: Array) -> Array:
+        """The next one's."""
+        weight = super().weight(call, rows)
+        return np.roll(weight, 1) if is_channels_last(call.x) else weight
+
+
+class GradientChannelTail(Layer):
+    """grad_input of channels that fill no block of 8 is not written. Cf. intel/torch-xpu-ops#1238."""
+
+    def write_gradient(self, call: Call, rows: Array) -> Array:
+        """0 in them, where there is a block."""
+        dx = super().write_gradient(call, rows)
+        whole = call.channels - call.channels % 8
+        if whole:
+            dx[:, whole:] = 0
+        return dx
+
+
+class GradientSpatialTail(Layer):
+    """grad_input of elements that fill no vector of 2 is not written. ROCm/rocm-libraries#6765."""
+
+    def write_gradient(self, call: Call, rows: Array) -> Array:
+        """0 in them."""
+        plane = int(np.prod(call.x.shape[2:]))
+        if plane % 2 and plane > 1 and rows.size:
+            parts = rows.copy().reshape(call.channels, -1, plane)
+            parts[:, :, -1] = 0
+            rows = parts.reshape(rows.shape)
+        return super().write_gradient(call, rows)

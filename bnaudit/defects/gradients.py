@@ -431,3 +431,14 @@ class EpsTwiceBackward(Layer):
     def backward(self, call: Call, rows: Array, dy: Array, mean: Array, invstd: Array) -> Outputs:
         """1 / sqrt(var + 2 eps)."""
         return super().backward(call, rows, dy, mean, 1 / np.sqrt(1 / np.square(invstd) + call.eps))
+
+
+class LeakingNanGradient(Layer):
+    """grad_weight by a matrix product over all channels: NaN leaks into each. Cf. areal-project/AReaL#1347."""
+
+    def backward(self, call: Call, rows: Array, dy: Array, mean: Array, invstd: Array) -> Outputs:
+        """The product of the sums with a unit matrix."""
+        outputs = super().backward(call, rows, dy, mean, invstd)
+        if call.channels <= 64:
+            outputs["grad_weight"] = np.eye(call.channels) @ outputs["grad_weight"]
+        return outputs

@@ -523,3 +523,20 @@ class WrongInvstd(Layer):
             with np.errstate(divide="ignore"):
                 outputs["invstd"] = 1 / np.sqrt(outputs["batch_var"])
         return outputs
+
+
+class EpsClampedInInference(EpsClamped):
+    """eps is raised to cuDNN's former minimum in inference. chainer/chainer#5232, tensorflow/tensorflow#37768."""
+
+    def invstd(self, call: Call, var: Array) -> Array:
+        """At least 1e-5."""
+        return Layer.invstd(self, call, var) if call.training else super().invstd(call, var)
+
+
+class ParametersDecide(SixteenBitArithmetic):
+    """Where the parameters have 16 bits all arithmetic has. Cf. keras-team/keras-core#412."""
+
+    def normalize(self, call: Call, rows: Array, mean: Array, invstd: Array) -> Array:
+        """Elsewhere it is right."""
+        half = call.running_mean.dtype.itemsize == 2
+        return (SixteenBitArithmetic if half else Layer).normalize(self, call, rows, mean, invstd)

@@ -346,3 +346,18 @@ class HalvedAverages(Layer):
     def blend(self, call: Call, new: Array, old: Array) -> Array:
         """Half of it moves."""
         return super().blend(call, new / 2, old)
+
+
+class LateClipping(Layer):
+    """From step 201 on a batch's variance is clipped by the running one. BVLC/caffe#3963 (NVCaffe)."""
+
+    def __init__(self) -> None:
+        """Before the first step."""
+        self._step = 0
+
+    def average(self, call: Call, mean: Array, var: Array) -> tuple[Array, Array]:
+        """To four times it at most."""
+        self._step += 1
+        if self._step > 200:
+            var = np.minimum(var, 4 * call.running_var.astype(var.dtype))
+        return super().average(call, mean, var)

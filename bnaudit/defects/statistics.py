@@ -474,3 +474,47 @@ class FlushedHalf(Layer):
         if tensor.dtype != np.float16:
             return rows
         return np.where(np.abs(rows) < 2.0**-14, 0.0, rows)
+
+
+class OnePassInDouble(Layer):
+    """float64 activations get the formula that float64 was to make safe. Cf. tensorflow/tensorflow#118701."""
+
+    def statistics(self, call: Call, rows: Array) -> tuple[Array, Array]:
+        """E[x²] - E[x]², of float64 only."""
+        if call.x.dtype != np.float64:
+            return super().statistics(call, rows)
+        mean = rows.mean(axis=1)
+        return mean, np.square(rows).mean(axis=1) - np.square(mean)
+
+
+class SerialLanes(Layer):
+    """512 accumulators in the statistics dtype, each with its share in turn. Cf. pytorch/pytorch#121651."""
+
+    def statistics(self, call: Call, rows: Array) -> tuple[Array, Array]:
+        """The mean; the variance about it is right."""
+        narrow = single(call, rows)
+        lanes = np.zeros((call.channels, 512), narrow.dtype)
+        for part in blocks(narrow, 512):
+            lanes[:, : part.shape[1]] += part
+        mean = pairwise(lanes) / narrow.dtype.type(call.n)
+        return mean, two_pass(rows, mean)
+
+
+class CountInParameterDtype(Layer):
+    """The count is kept in the dtype of the running statistics. pytorch/pytorch#70901."""
+
+    def statistics(self, call: Call, rows: Array) -> tuple[Array, Array]:
+        """Infinite in float16 from 65520 on."""
+        with np.errstate(over="ignore"):
+            n = np.float64(np.asarray(call.n, np.float64).astype(call.running_mean.dtype))
+        mean = rows.sum(axis=1) / n
+        return mean, np.square(rows - mean[:, None]).sum(axis=1) / n
+
+
+class NextBlock(Layer):
+    """One element in a block of its own, the 1025th, is not summed. Cf. ROCm/MIOpen#1109."""
+
+    def statistics(self, call: Call, rows: Array) -> tuple[Array, Array]:
+        """At any multiple of 1024."""
+        last = call.n > 1 and call.n % 1024 == 1
+        return super().statistics(call, rows[:, :-1] if last else rows)

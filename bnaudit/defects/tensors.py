@@ -468,3 +468,42 @@ class GradientSpatialTail(Layer):
             parts[:, :, -1] = 0
             rows = parts.reshape(rows.shape)
         return super().write_gradient(call, rows)
+
+
+class ChannelsLastBlock(Layer):
+    """Training in channels_last forgets what follows a full block of 64 channels. Cf. NVIDIA/apex#1768."""
+
+    def write(self, call: Call, rows: Array) -> Array:
+        """0 in it."""
+        y = super().write(call, rows)
+        whole = call.channels - call.channels % 64
+        if call.training and is_channels_last(call.x) and whole:
+            y[:, whole:] = 0
+        return y
+
+
+class ColumnSqueezed(Layer):
+    """An axis of length 1 is squeezed away, and with it the images. Cf. pytorch/pytorch#64039."""
+
+    def normalize(self, call: Call, rows: Array, mean: Array, invstd: Array) -> Array:
+        """Statistics of each image, in training, where one of two spatial axes has length 1."""
+        y = super().normalize(call, rows, mean, invstd)
+        spatial = call.x.shape[2:]
+        if not (call.training and call.n and len(spatial) == 2 and sorted(spatial)[0] == 1):
+            return y
+        images = rows.reshape(call.channels, call.x.shape[0], -1)
+        own = images - images.mean(axis=2, keepdims=True)
+        own = own / np.sqrt(images.var(axis=2, keepdims=True) + call.eps)
+        own = own.reshape(rows.shape)
+        return own * self.weight(call, rows)[:, None] + self.bias(call, rows)[:, None]
+
+
+class FourOfEight(Layer):
+    """Of channels in vectors of 8, a last half is not written. Cf. intel/torch-xpu-ops#1238."""
+
+    def write(self, call: Call, rows: Array) -> Array:
+        """0 in it, where there is a vector before."""
+        y = super().write(call, rows)
+        if call.channels % 8 == 4 and call.channels > 8:
+            y[:, -4:] = 0
+        return y

@@ -526,7 +526,7 @@ class WrongInvstd(Layer):
 
 
 class EpsClampedInInference(EpsClamped):
-    """eps is raised to cuDNN's former minimum in inference. chainer/chainer#5232, tensorflow/tensorflow#37768."""
+    """Inference raises eps to cuDNN's former minimum. chainer/chainer#5232, tensorflow/tensorflow#37768."""
 
     def invstd(self, call: Call, var: Array) -> Array:
         """At least 1e-5."""
@@ -540,3 +540,55 @@ class ParametersDecide(SixteenBitArithmetic):
         """Elsewhere it is right."""
         half = call.running_mean.dtype.itemsize == 2
         return (SixteenBitArithmetic if half else Layer).normalize(self, call, rows, mean, invstd)
+
+
+class PlainFolding(Layer):
+    """y = x a + (b - m a), each step rounded: the bias is lost beside m a. fastmachinelearning/hls4ml#142."""
+
+    modes: tuple[bool, ...] = (True, False)
+
+    def normalize(self, call: Call, rows: Array, mean: Array, invstd: Array) -> Array:
+        """In the statistics dtype."""
+        if call.training not in self.modes:
+            return super().normalize(call, rows, mean, invstd)
+        dtype = call.statistics_dtype
+        scale = (invstd * self.weight(call, rows)).astype(dtype)
+        shift = self.bias(call, rows).astype(dtype) - mean.astype(dtype) * scale
+        return rows.astype(dtype) * scale[:, None] + shift[:, None]
+
+
+class PlainFoldingInInference(PlainFolding):
+    """The same in inference only. Cf. fastmachinelearning/hls4ml#142."""
+
+    modes = (False,)
+
+
+class SaturatedOutput(Layer):
+    """float16 outputs beyond its range end at 65504 instead of infinity. Cf. nntrainer/nntrainer#3935."""
+
+    def write(self, call: Call, rows: Array) -> Array:
+        """Clips."""
+        if call.x.dtype == np.float16:
+            rows = np.clip(rows, -65504, 65504)
+        return super().write(call, rows)
+
+
+class Float32Parameters(Layer):
+    """weight and bias of a float64 layer are float32. Cf. tensorflow/tensorflow#33365."""
+
+    def weight(self, call: Call, rows: Array) -> Array:
+        """Rounds."""
+        return super().weight(call, rows).astype(np.float32).astype(rows.dtype)
+
+    def bias(self, call: Call, rows: Array) -> Array:
+        """Rounds."""
+        return super().bias(call, rows).astype(np.float32).astype(rows.dtype)
+
+
+class Float64InferenceAsFloat32(Layer):
+    """Inference of float64 activations is in float32, training is not. Cf. tensorflow/tensorflow#33365."""
+
+    def read(self, call: Call, tensor: Array) -> Array:
+        """Rounds."""
+        rows = super().read(call, tensor)
+        return rows if call.training else rows.astype(np.float32).astype(rows.dtype)

@@ -361,3 +361,31 @@ class LateClipping(Layer):
         if self._step > 200:
             var = np.minimum(var, 4 * call.running_var.astype(var.dtype))
         return super().average(call, mean, var)
+
+
+class RunningFloor(Layer):
+    """The running variance is kept above 1e-5. Cf. tensorflow/tensorflow#3290."""
+
+    def average(self, call: Call, mean: Array, var: Array) -> tuple[Array, Array]:
+        """Clamps."""
+        new_mean, new_var = super().average(call, mean, var)
+        return new_mean, np.maximum(new_var, 1e-5)
+
+
+class BesselOnMean(Layer):
+    """The running mean is corrected, too. Cf. tinygrad/tinygrad#807."""
+
+    def average(self, call: Call, mean: Array, var: Array) -> tuple[Array, Array]:
+        """By n / (n - 1)."""
+        return super().average(call, mean * (call.n / max(call.n - 1, 1)), var)
+
+
+class ReturnedUnbiased(Layer):
+    """The batch variance that is handed out is the unbiased one. Cf. pytorch/pytorch#77427."""
+
+    def apply(self, call: Call) -> dict[str, Any]:
+        """n / (n - 1) times as large."""
+        outputs = super().apply(call)
+        if "batch_var" in outputs:
+            outputs["batch_var"] = outputs["batch_var"] * (call.n / max(call.n - 1, 1))
+        return outputs

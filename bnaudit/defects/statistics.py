@@ -518,3 +518,22 @@ class NextBlock(Layer):
         """At any multiple of 1024."""
         last = call.n > 1 and call.n % 1024 == 1
         return super().statistics(call, rows[:, :-1] if last else rows)
+
+
+class OverflowingSum(Layer):
+    """The sum of the activations is a float32, and ends at 3.4e38. Cf. pytorch/pytorch#44350."""
+
+    def statistics(self, call: Call, rows: Array) -> tuple[Array, Array]:
+        """The variance is right."""
+        mean, var = super().statistics(call, rows)
+        total = np.abs(pairwise(single(call, rows)))
+        return np.where(np.isinf(total), np.inf, mean), var
+
+
+class EmptyRank(Layer):
+    """A rank without images has a mean of 0 / 0. pytorch/pytorch#74944."""
+
+    def statistics(self, call: Call, rows: Array) -> tuple[Array, Array]:
+        """The second of two, where there is one image."""
+        mean, var = super().statistics(call, rows)
+        return (mean * np.nan, var) if call.x.shape[0] == 1 else (mean, var)

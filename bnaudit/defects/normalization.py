@@ -592,3 +592,26 @@ class Float64InferenceAsFloat32(Layer):
         """Rounds."""
         rows = super().read(call, tensor)
         return rows if call.training else rows.astype(np.float32).astype(rows.dtype)
+
+
+class PlainFoldingInTraining(PlainFolding):
+    """The same in training only. Cf. fastmachinelearning/hls4ml#142."""
+
+    modes = (True,)
+
+
+class EpsClampedInTraining(EpsClamped):
+    """Training raises eps to cuDNN's former minimum. tensorflow/tensorflow#37768."""
+
+    def invstd(self, call: Call, var: Array) -> Array:
+        """At least 1e-5."""
+        return super().invstd(call, var) if call.training else Layer.invstd(self, call, var)
+
+
+class MissingAffineInInference(MissingAffine):
+    """Inference without weight and bias normalizes nothing. Cf. intel/ipex-llm#2012."""
+
+    def normalize(self, call: Call, rows: Array, mean: Array, invstd: Array) -> Array:
+        """Training does."""
+        own = Layer if call.training else MissingAffine
+        return own.normalize(self, call, rows, mean, invstd)

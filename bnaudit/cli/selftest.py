@@ -33,6 +33,8 @@ def selftest(paths: tuple[str, ...], target: str | None, quiet: bool) -> int:
         work = testing.plan(scenarios)
         outcomes = []
         with scratch_folder() as scratch, CaseProgress(len(work), quiet=quiet) as progress:
+            if work:
+                progress.case(work[0].case.id)
             for outcome in testing.run(work, scratch, processes=PROCESSES):
                 outcomes.append(outcome)
                 progress.case(outcome.case)

@@ -281,11 +281,19 @@ class SwappedAverages(Layer):
 class FirstChannelsAverages(Layer):
     """Only the first 64 channels' averages are written. Cf. LBANN/lbann#1946."""
 
+    limit = 64
+
     def blend(self, call: Call, new: Array, old: Array) -> Array:
         """The others stay."""
         moved = super().blend(call, new, old)
-        moved[64:] = old[64:]
+        moved[self.limit :] = old[self.limit :]
         return moved
+
+
+class First4096ChannelsAverages(FirstChannelsAverages):
+    """Only the first 4096 channels' averages are written. Cf. LBANN/lbann#1610."""
+
+    limit = 4096
 
 
 class AveragesLoseStep(Layer):

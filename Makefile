@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: audit test lint benchmark clean
+.PHONY: audit test selftest lint benchmark clean
 
 audit: .venv/torch  ## audit this machine's BatchNorms with all shipped scenarios
 	$(BIN)/bnaudit run scenarios/ --json reports/latest.json --fail-on never
 
 test: .venv/test  ## run the tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+
+selftest: .venv/test  ## plant faults and see that the shipped scenarios find every one
+	$(BIN)/bnaudit selftest
 
 lint: .venv/dev  ## check format, style and types
 	$(BIN)/ruff format --check .

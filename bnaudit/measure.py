@@ -92,6 +92,7 @@ class Reference:
     def __init__(self, case: Case, inputs: Inputs) -> None:
         """Forms the sums of every step, and the coefficients of the last."""
         self.case = case
+        self._averages: dict[tuple[bool, int, str], tuple[Pair, Allowance]] = {}
         dtype = case.dtype
         x = [flat(step) for step in inputs.x]
         channels = case.channels
@@ -295,21 +296,7 @@ class Reference:
         if case.mode == "inference" or case.n == 0:
             return measure_unchanged(got.astype(np.float64), start)
         correction = 0 if is_mean else declared.running_var_correction
-        factor = Fraction(case.n, max(case.n - correction, 1))
-        weights = [step_weight(case.momentum, step) for step in range(1, case.steps + 1)]
-        if declared.running_update == "caffe":
-            # Scaled sums with a factor blob, from zero: what was there before the first step is gone.
-            weights = _caffe_weights(case)
-        exact = [batch.mean if is_mean else batch.var for batch in self.batches]
-        right = running_statistics(start, exact, weights, factor)
-        limits = []
-        for batch, values in zip(self.batches, exact, strict=True):
-            b = self._statistics_bounds(batch)
-            statistic = np.array([math.nan if v is None else nearest(*v) for v in values])
-            limits.append((statistic, b.mean if is_mean else b.var))
-        allowance = bounds.running_allowance(
-            start, limits, [float(w) for w in weights], float(factor), case.parameter_dtype
-        )
+        right, allowance = self._running(is_mean, correction, declared.running_update)
         measurement = measure_channels(got, right, allowance, fresh, case.parameter_dtype)
         if case.n == 1 and not is_mean and not measurement.sound:
             # With one value per channel the unbiased variance is undefined: it may also stay as it was.
@@ -317,6 +304,30 @@ class Reference:
             other = measure_channels(got, stay, allowance, fresh, case.parameter_dtype)
             return other if other.sound else measurement
         return measurement
+
+    def _running(self, is_mean: bool, correction: int, update: str) -> tuple[Pair, Allowance]:
+        """The right running mean or variance by one convention and its allowance, formed once."""
+        key = (is_mean, correction, update)
+        if key not in self._averages:
+            case = self.case
+            start = self.running_mean if is_mean else self.running_var
+            factor = Fraction(case.n, max(case.n - correction, 1))
+            weights = [step_weight(case.momentum, step) for step in range(1, case.steps + 1)]
+            if update == "caffe":
+                # Scaled sums with a factor blob, from zero: what was there before the first step is gone.
+                weights = _caffe_weights(case)
+            exact = [batch.mean if is_mean else batch.var for batch in self.batches]
+            limits = []
+            for batch, values in zip(self.batches, exact, strict=True):
+                b = self._statistics_bounds(batch)
+                statistic = np.array([math.nan if v is None else nearest(*v) for v in values])
+                limits.append((statistic, b.mean if is_mean else b.var))
+            allowance = bounds.running_allowance(
+                start, limits, [float(w) for w in weights], float(factor), case.parameter_dtype
+            )
+            right = running_statistics(start, exact, weights, factor)
+            self._averages[key] = right, allowance
+        return self._averages[key]
 
 
 @njit(cache=True, nogil=True)

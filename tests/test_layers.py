@@ -19,6 +19,7 @@ README = PACKAGE.parent / "README.md"
 
 ORDER = (
     "worker",
+    "defects",
     "document",
     "distributions",
     "scenario",
@@ -48,6 +49,7 @@ ORDER = (
     "repro",
     "shrink",
     "probe",
+    "selftest",
     "render",
     "doctor",
     "progress",
@@ -81,7 +83,7 @@ def test_every_module_has_its_place_in_the_order() -> None:
 def test_imports_run_one_way(module: str) -> None:
     path = PACKAGE / module
     files = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
-    below = ORDER[: ORDER.index(module) + (module in ("render", "cli"))]
+    below = ORDER[: ORDER.index(module) + (module in ("defects", "render", "cli"))]
     for file in files:
         for name in imported(file.read_text()):
             assert name in below, f"{file.name} imports {name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -162,10 +163,13 @@ def test_cases_come_from_shipped_scenarios_and_mistakes_are_said(tmp_path: Path)
         bnaudit.nosuch  # noqa: B018
 
 
-def test_the_example_of_the_module_runs_under_pytest(tmp_path: Path) -> None:
-    """Its tests are named after their cases, and fail where the batch norm is wrong."""
+def test_the_examples_run_under_pytest(tmp_path: Path) -> None:
+    """Their tests are named after their cases, and fail where the batch norm is wrong."""
     assert api.__doc__ is not None
     example = textwrap.dedent(api.__doc__.split("\n\n", 1)[1])
+    readme = Path(__file__).parent.parent.joinpath("README.md").read_text()
+    (published,) = re.findall(r"```python\n(import bnaudit, pytest\n.*?)```", readme, re.S)
+    example += published.replace("test_batch_norm", "test_published")
     (tmp_path / "test_mine.py").write_text(
         "import numpy as np\n"
         "def my_batch_norm(x, weight, bias, eps):\n"
@@ -179,6 +183,7 @@ def test_the_example_of_the_module_runs_under_pytest(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "test_mine.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout
+    assert "test_published[large-offset/mean=0" in done.stdout
     assert "test_batch_norm[smoke/input=constant(value=3.3)" in done.stdout
     assert "PASSED" in done.stdout
     assert "DeviationError: fail smoke/" in done.stdout

@@ -41,6 +41,7 @@ COMMANDS = (
     "upgrade",
     "probe",
     "repro",
+    "selftest",
     "schema",
     "doctor",
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from bnaudit import __version__
-from bnaudit.cli import catalogue, check, compare, probe, repro, run, show, upgrade
+from bnaudit.cli import catalogue, check, compare, probe, repro, run, selftest, show, upgrade
 from bnaudit.cli.common import INTERRUPTED, USAGE, Failure
 
 
@@ -72,6 +72,7 @@ for command in (
     show.show,
     check.check,
     probe.probe,
+    selftest.selftest,
     repro.repro,
     catalogue.list_,
     catalogue.schema,

@@ -67,8 +67,8 @@ class Measurement:
     elements that must equal the bias and do not, and by how much at most, in units of |weight|; None where
     nothing is constant.
     poor: elements with T > 30 and fewer than 8 good bits. unjudged: channels in which nothing is defined;
-    judged: whether there is any other. rounded: of batch_mean, whether the error is small enough for rounding
-    to be its cause. None: does not apply, or nothing to judge.
+    judged: whether there is any other. rounded: of means, whether the error is small enough for rounding to be
+    its cause. None: does not apply, or nothing to judge.
     """
 
     max_abs_error: float | None = None

@@ -227,18 +227,22 @@ class Reference:
                 measurement = self._measure_channels(name, got, declared)
                 if measurement is not None:
                     result[name] = measurement
-        if "batch_mean" in result:
-            mean = result["batch_mean"]
-            result["batch_mean"] = replace(mean, rounded=self._rounded(mean))
+        for name in {"batch_mean", "running_mean"} & result.keys():
+            weight = 1.0 if name == "batch_mean" else self.case.momentum or 1 / self.case.steps
+            rounded = self._rounded(result[name], weight)
+            result[name] = replace(result[name], rounded=rounded)
         return result
 
-    def _rounded(self, mean: Measurement) -> bool:
-        """Whether a wrong mean is near enough to the right one for rounding to be the cause."""
+    def _rounded(self, mean: Measurement, weight: float) -> bool:
+        """Whether a wrong mean is near enough to the right one for rounding to be the cause.
+
+        weight: of the batch's mean in it.
+        """
         error, worst = mean.max_abs_error, mean.worst
         if error is None or worst is None or mean.nonfinite or worst.value == -worst.reference:
             return False
         size = self.norm.size / self.norm.line.scale
-        return error <= float(size[worst.index[0]]) / 4
+        return error <= weight * float(size[worst.index[0]]) / 4
 
     def difference(self, name: str, first: Array, second: Array) -> tuple[float, float]:
         """The largest |first − second| of y or batch_mean, also in units of twice its tight bound."""

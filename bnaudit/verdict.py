@@ -180,17 +180,20 @@ def _cause(
 ) -> str | None:
     """The fault that the pattern of failing quantities points at; None where it points at none."""
     failed = {name for name, quantity in judged.items() if quantity.status == "fail"}
-
     y = measurements.get("y")
-    sound = {"batch_mean"} <= judged.keys() - failed and not {"batch_var", "invstd"} & failed
+    # Where y is wrong, running statistics stand for batch statistics that are not handed out.
+    mean = "batch_mean" if "batch_mean" in judged else "running_mean"
+    variances = {"batch_var", "invstd"} & judged.keys() or {"running_var"}
+    sound = mean in judged.keys() - failed and not variances & failed
     code = None
-    if failed <= {"running_mean", "running_var"} and {"batch_mean", "batch_var"} & judged.keys():
-        code = "BN006"
-    elif failed & {"y", "batch_var", "invstd"} and "batch_mean" not in failed and facts.extreme:
+    if failed <= {"running_mean", "running_var"}:
+        has_batch = {"batch_mean", "batch_var"} & judged.keys()
+        code = "BN006" if has_batch else None
+    elif failed & {"y", *variances} and mean not in failed and facts.extreme:
         code = "BN004"
-    elif "batch_mean" in failed:
-        code = "BN003" if measurements["batch_mean"].rounded else None
-    elif failed & {"batch_var", "invstd"}:
+    elif mean in failed:
+        code = "BN003" if measurements[mean].rounded else None
+    elif failed & variances:
         code = "BN002" if facts.condition_number > 10 else None
     elif "y" in failed and y is not None:
         if y.nonfinite:

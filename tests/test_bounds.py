@@ -150,3 +150,28 @@ def test_causes_need_a_pattern(tmp_path: Path) -> None:
         "BN003 low-precision accumulation"
     )
     assert cause(y=right["y"] + np.float32(1)) is None
+
+
+def test_running_statistics_stand_for_batch_statistics_that_are_not_handed_out(
+    tmp_path: Path,
+) -> None:
+    case, inputs = prepare(tmp_path, EASY.replace("normal}", "normal, mean: 50}"))
+    reference = Reference(case, inputs)
+    names = ("y", "running_mean", "running_var")
+    right = {name: outputs(case, inputs)[name] for name in names}
+
+    def cause(**changed: npt.ArrayLike) -> str | None:
+        given = {**right, **{name: np.asarray(values) for name, values in changed.items()}}
+        measured = reference.measure(given, Declarations())
+        return judge(case.thresholds, measured, reference.facts).cause
+
+    y = right["y"] * np.float32(1.5)
+    assert cause(y=y, running_mean=right["running_mean"] * np.float32(1.001)) == (
+        "BN003 low-precision accumulation"
+    )
+    assert cause(y=y, running_var=right["running_var"] * np.float32(1.5)) == (
+        "BN002 cancellation in the variance"
+    )
+    assert cause(y=y, running_mean=-right["running_mean"]) is None
+    assert cause(y=y) is None
+    assert cause(running_var=right["running_var"] * np.float32(1.5)) is None  # whose fault is it?

@@ -3,7 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: audit test selftest lint benchmark clean
+# What the table of accuracy in reports/ is made from.
+SCENARIOS := caffe-3963 long-constant constant-channel constant-channel-inexact large-offset long-reduction \
+	half-precision float64 magnitude-overflow small-n inference inference-at-mean backward running-statistics
+SMALL := onnxruntime:real onnxruntime-1.20:real chainer:real mlx:real tinygrad:real jax:jax jax:flax jax:flax-stable
+LARGE := jax:flax-nnx jax:haiku jax:keras-jax openvino:real opencv:real ncnn:real paddle:real tensorflow:real \
+	torch:torch torch:torch-mkldnn torch:torch-compile torch:keras-torch mindspore:real nnabla:real mxnet:real \
+	megengine:real tensorflow-1:real torch-1:real
+
+.PHONY: audit test selftest lint benchmark frameworks frameworks-small clean
 
 audit: .venv/torch  ## audit this machine's BatchNorms with all shipped scenarios
 	$(BIN)/bnaudit run scenarios/ --json reports/latest.json --fail-on never
@@ -13,6 +21,14 @@ test: .venv/test  ## run the tests
 
 selftest: .venv/test  ## plant faults and see that the shipped scenarios find every one
 	$(BIN)/bnaudit selftest
+
+frameworks: .venv/torch  ## build every framework of frameworks.yaml, audit all, and make the table of accuracy
+	$(BIN)/bnaudit run $(SCENARIOS) --config frameworks.yaml $(SMALL:%=-b %) $(LARGE:%=-b %) \
+		--fail-on never --json reports/frameworks.json --accuracy reports/frameworks.md
+	gzip --best --no-name --force reports/frameworks.json
+
+frameworks-small: .venv/torch  ## build and audit those that take seconds
+	$(BIN)/bnaudit run smoke --config frameworks.yaml $(SMALL:%=-b %) --fail-on never
 
 lint: .venv/dev  ## check format, style and types
 	$(BIN)/ruff format --check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from markdown_it import MarkdownIt
@@ -137,3 +139,18 @@ def test_the_page_names_what_ran_where() -> None:
     (environment,) = tables(page)[2][1:]
     assert environment[:2] == ["`current`", "3.11.7"]
     assert "torch 2.13.0+cpu" in environment[2]
+
+
+def test_environments_are_named_only_where_it_takes_them() -> None:
+    case = CONSTANT.cases[0]
+    both = ["old:jax@cpu", "new:jax@cpu", "other:flax@cpu", "/a/my.py:f@cpu"]
+    page = accuracy(report(facts(case), *(result(case, name, gated=True) for name in both)))
+    names = [cells[0].partition(" ")[0] for cells in tables(page)[0][1:]]
+    assert names == ["`/a/my.py:f@cpu`", "`flax@cpu`", "`old:jax@cpu`", "`new:jax@cpu`"]
+
+
+def test_the_published_audit_has_every_column() -> None:
+    makefile = Path(__file__).parent.parent.joinpath("Makefile").read_text()
+    (names,) = re.findall(r"^SCENARIOS := ((?:.*\\\n)*.*)$", makefile, re.M)
+    wanted = {name for column in COLUMNS for name in column.scenarios}
+    assert set(names.replace("\\", "").split()) == wanted

@@ -1,6 +1,6 @@
 """The adapters of JAX, Flax, TensorFlow and Keras, each in its own environment.
 
-They are `jax` (jax, flax, keras), `tensorflow` (TensorFlow 2 with its Keras), `tensorflow-1` and `keras-torch`
+They are `jax` (jax, flax, keras), `tensorflow` (TensorFlow 2 with its Keras), `tensorflow-1` and `torch`
 (torch, keras); see `frameworks` for where these are.
 """
 
@@ -34,7 +34,7 @@ ENVIRONMENTS = {
     "tensorflow-xla@cpu": "tensorflow",
     "keras-jax@cpu": "jax",
     "keras-tensorflow@cpu": "tensorflow",
-    "keras-torch@cpu": "keras-torch",
+    "keras-torch@cpu": "torch",
     "tensorflow-1@cpu": "tensorflow-1",
 }
 MOVE_NOTHING = ("jax@cpu", "tensorflow-moments@cpu", "tensorflow-xla@cpu")

@@ -45,6 +45,9 @@ class Framework(NamedTuple):
     computes: tuple[tuple[str, str], ...] = ()
 
 
+PLACES = {"haiku": "jax"}
+"""Environments that are not named like the framework."""
+
 FRAMEWORKS = {
     "haiku": Framework("haiku", DTYPES, trains=True, correction=0),
     "nnabla": Framework(
@@ -91,7 +94,9 @@ def fields(**changes: str) -> str:
 
 
 def run(subjects: Environments, framework: str, folder: Path, text: str) -> Reply:
-    return subjects[framework].run(f"{framework}@cpu", *prepare(folder, text))
+    return subjects[PLACES.get(framework, framework)].run(
+        f"{framework}@cpu", *prepare(folder, text)
+    )
 
 
 def done(subjects: Environments, framework: str, folder: Path, text: str) -> Reply:
@@ -123,11 +128,11 @@ EVERY = [
 def test_every_kind_of_case_gives_the_right_quantities_or_a_refusal(
     subjects: Environments, tmp_path: Path, name: str, rank: int, dtype: str, kind: str
 ) -> None:
-    command(name)
+    command(PLACES.get(name, name))
     framework = FRAMEWORKS[name]
     text = fields(shape=f"[{SHAPES[rank]}]", dtype=dtype, **KINDS[kind])
     case, inputs = prepare(tmp_path, text)
-    reply = subjects[name].run(f"{name}@cpu", case, inputs)
+    reply = subjects[PLACES.get(name, name)].run(f"{name}@cpu", case, inputs)
     if dtype not in framework.dtypes or (case.mode == "training" and not framework.trains):
         assert reply.outcome == "unsupported", reply
         assert reply.reason
@@ -149,7 +154,7 @@ def test_every_kind_of_case_gives_the_right_quantities_or_a_refusal(
 def test_other_conventions_would_be_noticed(
     subjects: Environments, tmp_path: Path, name: str
 ) -> None:
-    command(name)
+    command(PLACES.get(name, name))
     correction = FRAMEWORKS[name].correction
     reply = done(subjects, name, tmp_path, fields(shape="[4, 3, 5, 6]"))
     for momentum, other in (("0.25", 1 - correction), ("0.75", correction)):
@@ -163,11 +168,11 @@ def test_other_conventions_would_be_noticed(
 def test_every_memory_format_gives_the_right_quantities(
     subjects: Environments, tmp_path: Path, name: str, memory_format: str
 ) -> None:
-    command(name)
+    command(PLACES.get(name, name))
     mode = "training" if FRAMEWORKS[name].trains else "inference"
     text = fields(shape="[4, 3, 5, 6]", memory_format=memory_format, backward="true", mode=mode)
     case, inputs = prepare(tmp_path, text)
-    reply = subjects[name].run(f"{name}@cpu", case, inputs)
+    reply = subjects[PLACES.get(name, name)].run(f"{name}@cpu", case, inputs)
     assert (reply.outcome, reply.reason) == ("done", None), reply.detail
     right = right_outputs(case, inputs, correction=FRAMEWORKS[name].correction)
     compare(reply, right, "float32", "float32")
@@ -177,13 +182,13 @@ def test_every_memory_format_gives_the_right_quantities(
 def test_16_bit_tensors_go_with_float32_parameters(
     subjects: Environments, tmp_path: Path, name: str
 ) -> None:
-    command(name)
+    command(PLACES.get(name, name))
     mode = "training" if FRAMEWORKS[name].trains else "inference"
     text = fields(
         shape="[4, 3, 5, 6]", dtype="float16", param_dtype="statistics", backward="true", mode=mode
     )
     case, inputs = prepare(tmp_path, text)
-    reply = subjects[name].run(f"{name}@cpu", case, inputs)
+    reply = subjects[PLACES.get(name, name)].run(f"{name}@cpu", case, inputs)
     assert (reply.outcome, reply.reason) == ("done", None), reply.detail
     right = right_outputs(case, inputs, correction=FRAMEWORKS[name].correction)
     compare(reply, right, "float16", "float16")
@@ -194,9 +199,9 @@ def test_every_channel_and_image_has_its_own_place(
     subjects: Environments, tmp_path: Path, name: str
 ) -> None:
     """Enough channels for the packed layouts of vector units, and some more."""
-    command(name)
+    command(PLACES.get(name, name))
     case, inputs = prepare(tmp_path, fields(shape="[3, 37, 3, 5]", mode="inference"))
-    reply = subjects[name].run(f"{name}@cpu", case, inputs)
+    reply = subjects[PLACES.get(name, name)].run(f"{name}@cpu", case, inputs)
     compare(reply, right_outputs(case, inputs), "float32", "float32")
 
 

@@ -251,6 +251,14 @@ class Audit:
             reasons = subject.describe([backend.name for backend in selected])
             if self.specifications and not self.backends:
                 selected = _available(selected, reasons, names)
+            # Of a group or glob in another environment, what that has.
+            selected = [
+                b
+                for b in selected
+                if b.required
+                or reasons[b.name] is None
+                or environments.split(b.name, names)[0] == environments.CURRENT
+            ]
             found = subject.environments()
             earlier = self._earlier(found)
             writer = Writer(self.path, ["bnaudit", *sys.argv[1:]])

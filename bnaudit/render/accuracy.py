@@ -78,8 +78,11 @@ def accuracy(report: Report) -> str:
         if result.gated or not gates:
             rows.setdefault(result.backend, []).append(result)
     absent = {name: own[0].reason for name, own in rows.items() if own[0].status == "unavailable"}
-    order = sorted(rows.keys() - absent.keys())
+    order = sorted(
+        (name for name in rows if name not in absent), key=lambda name: name.rpartition(":")[2]
+    )
     versions = {e.name: e for e in report.environments}
+    shown = _short(order)
     notes: dict[str, int] = {}
     table, details = [], []
     for name in order:
@@ -92,8 +95,8 @@ def accuracy(report: Report) -> str:
                 mark = str(notes.setdefault(cell.note, len(notes) + 1)).translate(SUPERSCRIPTS)
             cells.append(f"{cell.text}{mark and ' '}{mark}")
             if cell.worst is not None:
-                details.append([_code(name), column.heading, *_detail(*cell.worst)])
-        title = _title(name, rows[name][0], versions)
+                details.append([_code(shown[name]), column.heading, *_detail(*cell.worst)])
+        title = _title(shown[name], name, rows[name][0], versions)
         table.append([title, *cells])
     parts = [
         "# Accuracy of BatchNorm implementations",
@@ -200,13 +203,22 @@ def _detail(result: ResultRecord, name: str) -> list[str]:
     ]
 
 
-def _title(name: str, first: ResultRecord, environments: dict[str, Environment]) -> str:
+def _short(names: Sequence[str]) -> dict[str, str]:
+    """Backends without their environment, where no other has them as well."""
+    backends = [name.rpartition(":")[2] for name in names]
+    return {
+        name: backend if backends.count(backend) == 1 and ".py:" not in name else name
+        for name, backend in zip(names, backends, strict=True)
+    }
+
+
+def _title(shown: str, name: str, first: ResultRecord, environments: dict[str, Environment]) -> str:
     """The backend, with the version of the first package that is named like it."""
     environment = environments.get(first.environment)
     library = name.rpartition(":")[2].partition("@")[0]
     packages = {} if environment is None else environment.packages
     version = next((v for p, v in packages.items() if v and library.partition("-")[0] in p), None)
-    return f"{_code(name)}{' ' + version if version else ''}"
+    return f"{_code(shown)}{' ' + version if version else ''}"
 
 
 def _head(report: Report) -> str:

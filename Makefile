@@ -1,9 +1,10 @@
 # Every target sets up what it needs in .venv; nothing has to be installed first but Python 3.10 or newer.
 PYTHON ?= python3
+SECONDS ?= 300
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: audit test selftest lint benchmark clean
+.PHONY: audit test selftest lint benchmark fuzz clean
 
 audit: .venv/torch  ## audit this machine's BatchNorms with all shipped scenarios
 	$(BIN)/bnaudit run scenarios/ --json reports/latest.json --fail-on never
@@ -22,6 +23,9 @@ lint: .venv/dev  ## check format, style and types
 benchmark: .venv/test  ## measure the reference against torch, NumPy and a memory copy
 	$(BIN)/python benchmarks/throughput.py
 
+fuzz: .venv/fuzz  ## fuzz what reads files and messages for SECONDS=300, guided by coverage
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m fuzz $(SECONDS)
+
 clean:  ## remove the environment and everything generated
 	rm -rf .venv build dist reports/latest.json .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -35,6 +39,10 @@ clean:  ## remove the environment and everything generated
 
 .venv/test: .venv/torch
 	$(INSTALL) --editable '.[torch,test,browser]'
+	touch $@
+
+.venv/fuzz: .venv/test
+	$(INSTALL) --editable '.[torch,test,fuzz]'
 	touch $@
 
 .venv/dev: .venv/test

@@ -343,6 +343,8 @@ def load(path: Path) -> Report:
         if content.startswith(GZIP):
             content = gzip.decompress(content)
         document = json.loads(content)
+    except RecursionError:
+        raise ReportError(f"{path} is not a bnaudit report: it is nested too deeply") from None
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ReportError(f"{path} is not JSON: {error}") from error
     except OSError as error:
@@ -355,11 +357,26 @@ def load(path: Path) -> Report:
             f"{path} is a report of version {version}; this bnaudit reads version {SCHEMA_VERSION}"
         )
     try:
-        return Report.model_validate(document)
+        report = Report.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise ReportError(f"{path} is not a valid report: {field}: {first['msg']}") from error
+    for fault in _dangling(report):
+        raise ReportError(f"{path} is not a valid report: {fault}")
+    return report
+
+
+def _dangling(report: Report) -> Iterator[str]:
+    """What records say of others that is not so."""
+    known = {case.id for case in report.cases}
+    for section in ("results", "disagreements", "consistency"):
+        for position, record in enumerate(getattr(report, section)):
+            if record.case not in known:
+                yield f"{section}.{position}.case: there is no case {record.case!r}"
+    for position, result in enumerate(report.results):
+        if result.finding is not None and result.status not in RAN:
+            yield f"results.{position}.finding: what is {result.status} is no finding"
 
 
 def number_findings(

@@ -83,8 +83,7 @@ def serve(parent: int) -> None:
     worker = Worker()
     _send(replies, {"id": 0, "outcome": "done"})
     for line in requests:
-        request = json.loads(line.decode("ascii"))
-        _send(replies, dict(worker.answer(request), id=request["id"]))
+        _send(replies, worker.reply(line))
 
 
 def _die_with(parent: int) -> None:
@@ -117,6 +116,16 @@ class Worker:
         """Loads nothing yet."""
         self._loaded: dict[str, Implementation] = {}
         self._tensors: tuple[str, Tensors] | None = None
+
+    def reply(self, line: bytes) -> Message:
+        """The reply to a line; one that is no request is answered without an id."""
+        try:
+            request = json.loads(line.decode("ascii"))
+            identity = request["id"]
+        except Exception as error:
+            reason = "the request cannot be read: " + describe(error)
+            return {"id": None, "outcome": "raised", "reason": reason, "traceback": None}
+        return dict(self.answer(request), id=identity)
 
     def answer(self, request: Message) -> Message:
         """The reply to a request, without its id."""

@@ -62,6 +62,7 @@ PACE = 20
 """Pause between saves of a larger one, in durations of a save: they take a twentieth of the time."""
 
 Status = Literal["pass", "warn", "fail", "crash", "timeout", "unsupported", "unavailable"]
+RunStatus = Literal["pass", "warn", "fail"]
 Verdict = Literal["pass", "warn", "fail", "incomplete", "untrusted", "nothing-gated", "interrupted"]
 FailOn = Literal["fail", "warn", "never"]
 Label = Literal["exact", "stable", "degraded", "broken"]
@@ -191,7 +192,7 @@ class Quantity(_Record):
     judged is null in reports that do not have them.
     """
 
-    status: Status
+    status: RunStatus
     label: Label | None
     max_abs_error: Number | None
     max_sigma_error: Number | None = None
@@ -633,9 +634,12 @@ class Writer:
                     path.write_bytes(self.text())
             else:
                 partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-                with partial.open("wb") as file:
-                    file.writelines(self._pieces())
-                partial.replace(path)
+                try:
+                    with partial.open("wb") as file:
+                        file.writelines(self._pieces())
+                    partial.replace(path)
+                finally:
+                    partial.unlink(missing_ok=True)
         except OSError as error:
             self._error = error
         end = time.monotonic()

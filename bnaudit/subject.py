@@ -314,9 +314,12 @@ class _Worker:
         self._pending = b""
         self._stderr = b""
         script = Path(worker_package.__file__).parent
-        # Apart from each other, so that a plug-in that clears the folder it runs in does no harm.
-        self._folder = Path(tempfile.mkdtemp(prefix="worker-", dir=scratch))
-        self._outputs = Path(tempfile.mkdtemp(prefix="outputs-", dir=scratch))
+        try:
+            # Apart from each other, so that a plug-in that clears the folder it runs in does no harm.
+            self._folder = _made(scratch, "worker-")
+            self._outputs = _made(scratch, "outputs-")
+        except OSError as error:
+            raise _NoStart("crash", str(error)) from error
         try:
             # No -I: on clusters libraries come by way of PYTHONPATH and the user's site-packages.
             self._process = subprocess.Popen(
@@ -412,9 +415,7 @@ class _Worker:
                 declarations=_declarations(answer["declarations"]),
                 not_repeatable=_text(answer["not_repeatable"]),
             )
-        except (
-            Exception
-        ) as error:  # NumPy reads a header as Python, and raises what its parser does
+        except Exception as error:  # a bad header raises whatever Python's parser does
             raise self._garbage(f"{type(error).__name__}: {error}") from error
 
     def _read_output(self, name: str, case: Case) -> Array:
@@ -578,7 +579,7 @@ def _declarations(found: Mapping[str, Any]) -> Declarations:
 
 def _checked_environment(part: Mapping[str, Any]) -> dict[str, Any]:
     """An environment as a report needs it. Raises AttributeError, KeyError, TypeError or ValueError."""
-    cpu, devices, packages = part["cpu"], list(part["devices"]), dict(part["packages"])
+    cpu, devices, packages = part["cpu"], list(part["devices"]), {**part["packages"]}
     needed = [part["python"], part["platform"], *(device["name"] for device in devices)]
     if None in needed or not isinstance(part["threads"], int):
         raise TypeError("an environment without its versions")
@@ -590,7 +591,7 @@ def _checked_environment(part: Mapping[str, Any]) -> dict[str, Any]:
         *(device.get(name) for device in devices for name in ("driver", "cuda", "cudnn")),
     ):
         _text(text)
-    return {**part, "devices": devices, "flags": dict(part["flags"])}
+    return {**part, "devices": devices, "flags": {**part["flags"]}}
 
 
 def _signal_name(number: int) -> str:
@@ -598,6 +599,12 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:  # most real-time signals have none
         return f"signal {number}"
+
+
+def _made(scratch: Path, prefix: str) -> Path:
+    """A new folder in the scratch folder, also where that was swept away."""
+    scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=scratch))
 
 
 def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
@@ -628,7 +635,7 @@ def _environment(threads: int, poisoned: bool) -> dict[str, str]:
 def scratch_folder(room: int = ROOM) -> Iterator[Path]:
     """A folder for tensors and workers, removed at the end; in shared memory where `room` bytes are free.
 
-    Folders that killed auditors left there are removed first.
+    Folders that killed auditors left there are removed first. Raises OSError where none can be made.
     """
     parents = [Path(tempfile.gettempdir())]
     shared = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a folder only its owner can enter

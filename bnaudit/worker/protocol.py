@@ -65,6 +65,8 @@ from .execution import Implementation, NoResult, Tensors, describe, printable, r
 if TYPE_CHECKING:
     from typing import Any, BinaryIO
 
+    from .rounding import Array
+
     Message = dict[str, Any]
 
 UPDATES = ("ema", "caffe")
@@ -183,9 +185,7 @@ class Worker:
         if not tensors.kept:
             self._tensors = None
         for name, array in execution.outputs.items():
-            path = os.path.join(request["outputs"], name + ".npy")
-            # np.save by itself writes another memory format several times more slowly.
-            np.save(path, np.ascontiguousarray(array), allow_pickle=False)
+            _save(os.path.join(request["outputs"], name + ".npy"), array)
         return {
             "outcome": "done",
             "outputs": list(execution.outputs),
@@ -194,6 +194,18 @@ class Worker:
             "not_repeatable": execution.not_repeatable,
             "declarations": declarations,
         }
+
+
+def _save(path: str, array: Array) -> None:
+    try:
+        # np.save by itself writes another memory format several times more slowly.
+        np.save(path, np.ascontiguousarray(array), allow_pickle=False)
+    except OSError as error:
+        if os.path.exists(path):
+            os.remove(path)  # the next output may need the room
+        # NumPy counts elements where the disk is full, and does not say so.
+        reason = "%s could not be written: %s" % (os.path.basename(path), error.strerror or error)
+        raise NoResult("raised", reason) from error
 
 
 def _implementation(name: str, folder: str) -> Implementation:

@@ -28,7 +28,7 @@ from bnaudit import compare, rejudge
 from bnaudit.distributions import FileError
 from bnaudit.inputs import Inputs, make
 from bnaudit.measure import Reference
-from bnaudit.render import accuracy, comparison, console
+from bnaudit.render import accuracy, comparison, console, html
 from bnaudit.report import GZIP, Environment, ReportError, ResultRecord, load
 from bnaudit.scenario import Case, ScenarioError, shipped
 from bnaudit.scenario import load as load_scenarios
@@ -111,6 +111,7 @@ def report(content: bytes, scratch: Path) -> bool:
         screen.print(part)
     comparison.markdown(compared, cases)
     accuracy.accuracy(found)
+    html.html(found)
     compared.model_dump_json()
     return True
 

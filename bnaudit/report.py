@@ -30,6 +30,7 @@ from pydantic import (
     ValidationError,
     WithJsonSchema,
 )
+from pydantic_core import from_json
 
 from bnaudit import __version__
 from bnaudit.verdict import CAUSES
@@ -343,9 +344,7 @@ def load(path: Path) -> Report:
         content = path.read_bytes()
         if content.startswith(GZIP):
             content = gzip.decompress(content)
-        document = json.loads(content)
-    except RecursionError:
-        raise ReportError(f"{path} is not a bnaudit report: it is nested too deeply") from None
+        document = from_json(content)  # unlike json.loads, it refuses text that cannot be written
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ReportError(f"{path} is not JSON: {error}") from error
     except OSError as error:

@@ -11,7 +11,14 @@ from fuzz.targets import CORPUS, TARGETS, folder, originals
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-EXAMPLES = {"scenario": 150, "report": 150, "replies": 250, "outputs": 150, "requests": 60}
+EXAMPLES = {
+    "scenario": 150,
+    "report": 150,
+    "settings": 150,
+    "replies": 250,
+    "outputs": 150,
+    "requests": 60,
+}
 """A few seconds of each; `make fuzz` goes on for longer."""
 
 

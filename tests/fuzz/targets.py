@@ -24,11 +24,11 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from bnaudit import compare, rejudge
+from bnaudit import baseline, compare, config, rejudge
 from bnaudit.distributions import FileError
 from bnaudit.inputs import Inputs, make
 from bnaudit.measure import Reference
-from bnaudit.render import accuracy, comparison, console, html
+from bnaudit.render import accuracy, comparison, console, html, junit, markdown, sarif
 from bnaudit.report import GZIP, Environment, ReportError, ResultRecord, load
 from bnaudit.scenario import Case, ScenarioError, shipped
 from bnaudit.scenario import load as load_scenarios
@@ -112,8 +112,33 @@ def report(content: bytes, scratch: Path) -> bool:
     comparison.markdown(compared, cases)
     accuracy.accuracy(found)
     html.html(found)
+    junit.junit(found)
+    sarif.sarif(found)
+    markdown.markdown(found)
+    markdown.workflow_commands(found)
+    results, controls = rejudge.judged_again(found, rejudge.Overrides())
+    again = rejudge.concluded(found, results, controls, fail_on="warn")
+    again.model_dump_json(by_alias=True)
     compared.model_dump_json()
     return True
+
+
+def settings(content: bytes, scratch: Path) -> bool:
+    """The readers of baselines and of a project's settings, as YAML and as TOML."""
+    accepted = False
+    for name, read in (
+        ("s.yaml", baseline.load),
+        ("s.yaml", lambda path: config.load(str(path))),
+        ("s.toml", lambda path: config.load(str(path))),
+    ):
+        path = scratch / name
+        path.write_bytes(content)
+        try:
+            read(path)
+            accepted = True
+        except (ReportError, ScenarioError, config.ConfigError) as error:
+            _refused(error, name)
+    return accepted
 
 
 # --- a worker's replies ----------------------------------------------------------------------------
@@ -259,7 +284,7 @@ def requests(content: bytes, scratch: Path) -> bool:
 
 
 TARGETS: dict[str, Target] = {
-    target.__name__: target for target in (scenario, report, replies, outputs, requests)
+    target.__name__: target for target in (scenario, report, settings, replies, outputs, requests)
 }
 
 

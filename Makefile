@@ -24,7 +24,7 @@ benchmark: .venv/test  ## measure the reference against torch, NumPy and a memor
 	$(BIN)/python benchmarks/throughput.py
 
 fuzz: .venv/fuzz  ## fuzz what reads files and messages for SECONDS=300, guided by coverage
-	cd tests && PYTHONPATH=. ../$(BIN)/python -m fuzz $(SECONDS)
+	cd tests && ../$(BIN)/python -m fuzz $(SECONDS)
 
 clean:  ## remove the environment and everything generated
 	rm -rf .venv build dist reports/latest.json .mypy_cache .pytest_cache .ruff_cache .hypothesis

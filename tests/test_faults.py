@@ -272,17 +272,19 @@ def test_a_signal_that_has_no_name_has_its_number(run: Run) -> None:
     assert run.report().results[0].reason == f"killed by signal {signal.SIGRTMIN + 3}"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_signals_that_come_twice_end_the_run_once(run: Run, number: signal.Signals) -> None:
+def test_signals_that_come_twice_end_the_run_once(run: Run) -> None:
     run.start("--json", "r.json")
     run.until(lambda: len(run.calls()) > 4)
     run.children = psutil.Process(run.process.pid).children(recursive=True)
     for _ in range(20):
-        run.process.send_signal(number)
+        run.process.send_signal(signal.SIGINT)
         time.sleep(0.005)
     code, err = run.wait()
     saved = run.report()
-    assert code in (130, -number)  # the last ones may meet a process that has done all it had to
+    assert code in (
+        130,
+        -signal.SIGINT,
+    )  # the last ones may meet a process that has done all it had to
     assert saved.verdict == "interrupted"
     assert len(run.calls()) - 2 <= 2 * len(saved.results) <= len(run.calls())
     assert err.startswith(f"bnaudit: interrupted after {len(saved.results)} results")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 
@@ -45,6 +47,13 @@ def test_what_was_damaged_is_refused_or_read(name: str) -> None:
 def test_what_once_showed_a_fault_does_so_no_more(path: Path) -> None:
     with folder() as scratch:
         TARGETS[path.parent.name](path.read_bytes(), scratch)
+
+
+def test_the_coverage_guided_form_finds_no_fault_in_a_second() -> None:
+    pytest.importorskip("atheris", reason="atheris is not installed: make fuzz")
+    command = [sys.executable, "-m", "fuzz", "1", "requests"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "no faults\n"), done.stderr
 
 
 @pytest.mark.parametrize("name", TARGETS)

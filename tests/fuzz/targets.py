@@ -24,7 +24,7 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from bnaudit import baseline, compare, config, rejudge
+from bnaudit import baseline, compare, config, rejudge, repro
 from bnaudit.distributions import FileError
 from bnaudit.inputs import Inputs, make
 from bnaudit.measure import Reference
@@ -119,6 +119,12 @@ def report(content: bytes, scratch: Path) -> bool:
     results, controls = rejudge.judged_again(found, rejudge.Overrides())
     again = rejudge.concluded(found, results, controls, fail_on="warn")
     again.model_dump_json(by_alias=True)
+    for number in {result.finding for result in found.results if result.finding is not None}:
+        with suppress(repro.ReproError):
+            record, result = repro.find(found, number)
+            case = repro.rebuilt(record)
+            weight = np.ones(case.channels)
+            repro.fault_of(result.status, result.quantities, record.thresholds, weight)
     compared.model_dump_json()
     return True
 

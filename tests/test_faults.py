@@ -123,7 +123,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
 @pytest.fixture
 def short(run: Run) -> Run:
     """One that ends soon."""
-    run.write_scenario(30)
+    run.write_scenario(16)
     return run
 
 
@@ -206,7 +206,7 @@ def test_a_scratch_folder_that_vanishes_costs_the_case_that_is_running(short: Ru
     code, err = run.wait()
     assert err == ""
     results = run.report().results
-    assert len(results) == 30
+    assert len(results) == 16
     assert sum(result.status == "crash" for result in results) <= 1
     assert code in (0, 3)
 
@@ -259,7 +259,7 @@ def test_a_killed_worker_costs_one_case(short: Run) -> None:
     code, err = run.wait()
     assert (code, err) == (3, "")
     results = run.report().results
-    assert len(results) == 30
+    assert len(results) == 16
     (killed,) = [result for result in results if result.status == "crash"]
     assert (killed.reason or "").startswith("killed by SIGKILL")
 

@@ -44,6 +44,9 @@ SCHEMA_VERSION = 1
 
 FORMAT_FAULT = f"BN007 {CAUSES['BN007']}"
 
+DEVIATIONS = ("warn", "fail", "crash", "timeout")
+"""Statuses of results that can be findings."""
+
 RAN = ("pass", "warn", "fail", "crash", "timeout")
 """Statuses of results whose backend was called; the others say why it was not."""
 
@@ -375,7 +378,7 @@ def _dangling(report: Report) -> Iterator[str]:
             if record.case not in known:
                 yield f"{section}.{position}.case: there is no case {record.case!r}"
     for position, result in enumerate(report.results):
-        if result.finding is not None and result.status not in RAN:
+        if result.finding is not None and result.status not in DEVIATIONS:
             yield f"results.{position}.finding: what is {result.status} is no finding"
 
 

@@ -1,5 +1,6 @@
 # Every target sets up what it needs in .venv; nothing has to be installed first but Python 3.10 or newer.
 PYTHON ?= python3
+SECONDS ?= 300
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -11,7 +12,7 @@ LARGE := jax:flax-nnx jax:haiku jax:keras-jax openvino:real opencv:real ncnn:rea
 	torch:torch torch:torch-mkldnn torch:torch-compile torch:keras-torch mindspore:real nnabla:real mxnet:real \
 	megengine:real tensorflow-1:real torch-1:real
 
-.PHONY: audit test selftest lint benchmark frameworks frameworks-small clean
+.PHONY: audit test selftest fuzz lint benchmark frameworks frameworks-small clean
 
 audit: .venv/torch  ## audit this machine's BatchNorms with all shipped scenarios
 	$(BIN)/bnaudit run scenarios/ --json reports/latest.json --fail-on never
@@ -38,6 +39,9 @@ lint: .venv/dev  ## check format, style and types
 benchmark: .venv/test  ## measure the reference against torch, NumPy and a memory copy
 	$(BIN)/python benchmarks/throughput.py
 
+fuzz: .venv/fuzz  ## fuzz what reads files and messages for SECONDS=300, guided by coverage
+	cd tests && ../$(BIN)/python -m fuzz $(SECONDS)
+
 clean:  ## remove the environment and everything generated
 	rm -rf .venv build dist reports/latest.json .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -51,6 +55,10 @@ clean:  ## remove the environment and everything generated
 
 .venv/test: .venv/torch
 	$(INSTALL) --editable '.[torch,test,browser]'
+	touch $@
+
+.venv/fuzz: .venv/test
+	$(INSTALL) --editable '.[torch,test,fuzz]'
 	touch $@
 
 .venv/dev: .venv/test

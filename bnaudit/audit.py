@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from bnaudit.consistency import Bench, Call, Consistency, Disagreement, examine
 from bnaudit.deviation import Measurement
+from bnaudit.distributions import FileError
 from bnaudit.environments import AnySubject
 from bnaudit.inputs import Inputs, make
 from bnaudit.measure import Facts, Reference
@@ -209,13 +210,15 @@ class _Loop:
         reference: Reference | None = None
         try:
             if obstacle is None:
-                folder.mkdir()
                 try:
+                    # With its parents, because something may sweep temporary folders.
+                    folder.mkdir(mode=0o700, parents=True)
                     inputs = make(case, folder)
                     reference = Reference(case, inputs)
-                except OSError as error:
+                except (OSError, FileError) as error:
                     # No room for the tensors, or a file of values that has gone: this case's loss alone.
-                    obstacle = f"the inputs could not be made: {error.strerror or error}"
+                    text = getattr(error, "strerror", None) or error
+                    obstacle = f"the inputs could not be made: {text}"
             yield CaseFacts(
                 case,
                 case.n,

@@ -173,6 +173,9 @@ def _complaint(location: Sequence[str], root: Node, file: str) -> ScenarioError:
 
 def _anchored(spec: str, folder: Path) -> str:
     """A specification whose path, if it is one, no longer depends on the working directory."""
-    path = folder / Path(spec).expanduser()
-    is_path = (path / "bin" / "python").exists() or ("/" in spec and path.exists())
+    try:
+        path = folder / Path(spec).expanduser()
+        is_path = (path / "bin" / "python").exists() or ("/" in spec and path.exists())
+    except (OSError, RuntimeError):  # too long for a path, or ~ of an unknown user
+        return spec
     return str(path.absolute()) if is_path else spec

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ValidationError
 
 MAX_NODES = 100_000
 MAX_DEPTH = 30
+MAX_DIGITS = 1000
+"""Of a number, in any notation: Python writes no integer of more than 4300 decimal digits."""
 
 Scalar: TypeAlias = bool | int | float | str | None
 Model = TypeVar("Model", bound=BaseModel)
@@ -160,14 +162,13 @@ class _Reader:
             return KEYWORDS[text]
         for pattern, read in NUMBERS:
             if pattern.fullmatch(text):
-                try:
-                    return read(text)
-                except ValueError:  # Python reads no integer of more than 4300 digits
+                if len(text) > MAX_DIGITS:
                     raise complain(
                         self.file,
                         place,
                         f"found a number of {len(text)} digits; accepted are fewer",
-                    ) from None
+                    )
+                return read(text)
         return text
 
 

@@ -7,6 +7,7 @@ blanks, led by a Python or not: `python3.8 mxnet==1.9.1 numpy==1.23.5` (see `bna
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -88,7 +89,7 @@ def read(name: str, spec: str) -> Environment | Request:
         return Environment(name, (sys.executable,))
     if spec.startswith("cmd:"):
         return Environment(name, _command(name, spec))
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))  # noqa: PTH111 - which leaves ~ of an unknown user alone
     python = path / "bin" / "python"
     if python.exists():
         return Environment(name, (str(python.absolute()),))

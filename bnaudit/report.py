@@ -30,6 +30,7 @@ from pydantic import (
     ValidationError,
     WithJsonSchema,
 )
+from pydantic_core import from_json
 
 from bnaudit import __version__
 from bnaudit.verdict import CAUSES
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 FORMAT_FAULT = f"BN007 {CAUSES['BN007']}"
+
+DEVIATIONS = ("warn", "fail", "crash", "timeout")
+"""Statuses of results that can be findings."""
 
 RAN = ("pass", "warn", "fail", "crash", "timeout")
 """Statuses of results whose backend was called; the others say why it was not."""
@@ -62,6 +66,7 @@ PACE = 20
 """Pause between saves of a larger one, in durations of a save: they take a twentieth of the time."""
 
 Status = Literal["pass", "warn", "fail", "crash", "timeout", "unsupported", "unavailable"]
+RunStatus = Literal["pass", "warn", "fail"]
 Verdict = Literal["pass", "warn", "fail", "incomplete", "untrusted", "nothing-gated", "interrupted"]
 FailOn = Literal["fail", "warn", "never"]
 Label = Literal["exact", "stable", "degraded", "broken"]
@@ -191,7 +196,7 @@ class Quantity(_Record):
     judged is null in reports that do not have them.
     """
 
-    status: Status
+    status: RunStatus
     label: Label | None
     max_abs_error: Number | None
     max_sigma_error: Number | None = None
@@ -342,7 +347,7 @@ def load(path: Path) -> Report:
         content = path.read_bytes()
         if content.startswith(GZIP):
             content = gzip.decompress(content)
-        document = json.loads(content)
+        document = from_json(content)  # unlike json.loads, it refuses text that cannot be written
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ReportError(f"{path} is not JSON: {error}") from error
     except OSError as error:
@@ -355,11 +360,26 @@ def load(path: Path) -> Report:
             f"{path} is a report of version {version}; this bnaudit reads version {SCHEMA_VERSION}"
         )
     try:
-        return Report.model_validate(document)
+        report = Report.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise ReportError(f"{path} is not a valid report: {field}: {first['msg']}") from error
+    for fault in _dangling(report):
+        raise ReportError(f"{path} is not a valid report: {fault}")
+    return report
+
+
+def _dangling(report: Report) -> Iterator[str]:
+    """What records say of others that is not so."""
+    known = {case.id for case in report.cases}
+    for section in ("results", "disagreements", "consistency"):
+        for position, record in enumerate(getattr(report, section)):
+            if record.case not in known:
+                yield f"{section}.{position}.case: there is no case {record.case!r}"
+    for position, result in enumerate(report.results):
+        if result.finding is not None and result.status not in DEVIATIONS:
+            yield f"results.{position}.finding: what is {result.status} is no finding"
 
 
 def number_findings(
@@ -616,9 +636,12 @@ class Writer:
                     path.write_bytes(self.text())
             else:
                 partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-                with partial.open("wb") as file:
-                    file.writelines(self._pieces())
-                partial.replace(path)
+                try:
+                    with partial.open("wb") as file:
+                        file.writelines(self._pieces())
+                    partial.replace(path)
+                finally:
+                    partial.unlink(missing_ok=True)
         except OSError as error:
             self._error = error
         end = time.monotonic()

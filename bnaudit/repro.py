@@ -124,7 +124,21 @@ def find(report: Report, number: int) -> tuple[CaseRecord, ResultRecord]:
         return (SEVERITY.index(result.status), fails, *(math.inf if s != s else s for s in sizes))
 
     worst = max(members, key=severity)
-    return next(case for case in report.cases if case.id == worst.case), worst
+    case = next(case for case in report.cases if case.id == worst.case)
+    for name in {"y", "grad_input"} & worst.quantities.keys():
+        element = worst.quantities[name].worst
+        if element is not None and not _is_in(element.index, case.shape):
+            raise ReproError(
+                f"the report's {name} of {case.id} has no element {_index(element.index)}"
+            )
+    return case, worst
+
+
+def _is_in(index: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether a tensor of this shape has an element of this index."""
+    return len(index) == len(shape) and all(
+        0 <= i < size for i, size in zip(index, shape, strict=True)
+    )
 
 
 def rebuilt(record: CaseRecord) -> Case:

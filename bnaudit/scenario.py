@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
@@ -152,7 +153,8 @@ class Parameters(_Fields):
             return
         elements = self.steps * math.prod(self.shape)
         if elements > MAX_ELEMENTS:
-            yield ("shape",), f"found {elements:g} elements; accepted are up to {MAX_ELEMENTS:g}"
+            found = f"{Decimal(elements).normalize():.6g}"  # it may be more than a float can be
+            yield ("shape",), f"found {found} elements; accepted are up to {MAX_ELEMENTS:g}"
         if self.steps > 1 and self.mode == "inference":
             yield ("steps",), f"found {self.steps} steps of inference; accepted is 1"
         for path, distribution in self._distributions():

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ from bnaudit.worker import plugin
 from bnaudit.worker.backends import BACKENDS
 from bnaudit.worker.execution import IN_FULL, MAPPED, QUANTITIES
 from bnaudit.worker.poison import TUNABLES
+from bnaudit.worker.protocol import UPDATES
 from bnaudit.worker.rounding import storage
 
 FIRST_CALL = 5
@@ -59,6 +61,12 @@ LAST_CHARACTERS = 4000
 
 LONGEST_REPLY = 1 << 20
 """Bytes after which a reply without an end is taken for garbage."""
+
+LONGEST_QUOTE = 200
+"""Characters of garbage that are shown."""
+
+DEEPEST_REPLY = 20
+"""Lists and mappings within each other after which a reply is garbage; those of a worker have five."""
 
 ROOM = 1 << 31
 """Free bytes below which shared memory is not used for the scratch folder."""
@@ -306,9 +314,12 @@ class _Worker:
         self._pending = b""
         self._stderr = b""
         script = Path(worker_package.__file__).parent
-        # Apart from each other, so that a plug-in that clears the folder it runs in does no harm.
-        self._folder = Path(tempfile.mkdtemp(prefix="worker-", dir=scratch))
-        self._outputs = Path(tempfile.mkdtemp(prefix="outputs-", dir=scratch))
+        try:
+            # Apart from each other, so that a plug-in that clears the folder it runs in does no harm.
+            self._folder = _made(scratch, "worker-")
+            self._outputs = _made(scratch, "outputs-")
+        except OSError as error:
+            raise _NoStart("crash", str(error)) from error
         try:
             # No -I: on clusters libraries come by way of PYTHONPATH and the user's site-packages.
             self._process = subprocess.Popen(
@@ -329,8 +340,9 @@ class _Worker:
             for stream in (self._process.stdin, self._process.stdout, self._process.stderr)
         )
         self._selector = selectors.DefaultSelector()
-        for stream in (self._stdout, self._stderr_pipe):
+        for stream in (self._stdin, self._stdout, self._stderr_pipe):
             os.set_blocking(stream.fileno(), False)
+        for stream in (self._stdout, self._stderr_pipe):
             self._selector.register(stream, selectors.EVENT_READ)
 
     def greet(self, limit: float) -> None:
@@ -358,10 +370,16 @@ class _Worker:
         self._count += 1
         self._stderr = b""
         line = json.dumps({"id": self._count, **message}).encode("ascii") + b"\n"
-        try:
-            self._stdin.write(line)
-        except OSError as error:
-            raise self._death() from error
+        deadline = time.monotonic() + limit
+        while line:
+            try:
+                line = line[os.write(self._stdin.fileno(), line) :]
+            except BlockingIOError:  # the pipe is full, because the worker does not read
+                if time.monotonic() > deadline:
+                    raise self._timeout(limit) from None
+                self._listen(0.05)
+            except OSError as error:
+                raise self._death() from error
         return self._receive(limit)
 
     def unavailable(self, names: Sequence[str], folder: str, limit: float) -> dict[str, str | None]:
@@ -369,7 +387,7 @@ class _Worker:
         request = {"op": "describe", "backends": list(names), "folder": folder}
         answer = self.request(request, limit)
         try:
-            return {name: answer["unavailable"][name] for name in names}
+            return {name: _text(answer["unavailable"][name]) for name in names}
         except (KeyError, TypeError) as error:
             raise self._garbage(f"{type(error).__name__}: {error}") from error
 
@@ -378,10 +396,9 @@ class _Worker:
         answer = self.request({"op": "environment", "library": library}, limit)
         try:
             if answer["outcome"] != "done":
-                raise _Failure("crash", answer["reason"], answer["traceback"])
-            part: dict[str, Any] = answer["environment"]
-            return {**part, "devices": list(part["devices"]), "flags": dict(part["flags"])}
-        except (KeyError, TypeError, ValueError) as error:
+                raise _Failure("crash", str(answer["reason"]), _text(answer["traceback"]))
+            return _checked_environment(answer["environment"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise self._garbage(f"{type(error).__name__}: {error}") from error
 
     def reply(self, answer: Mapping[str, Any], case: Case) -> Reply:
@@ -389,24 +406,30 @@ class _Worker:
         try:
             outcome = OUTCOMES[answer["outcome"]]
             if outcome != "done":
-                return Reply(outcome, answer["reason"], answer["traceback"])
+                return Reply(outcome, str(answer["reason"]), _text(answer["traceback"]))
             return Reply(
                 "done",
                 outputs={name: self._read_output(name, case) for name in answer["outputs"]},
-                kernel=answer["kernel"],
+                kernel=_text(answer["kernel"]),
                 seconds=float(answer["seconds"]),
-                declarations=Declarations(**answer["declarations"]),
-                not_repeatable=answer["not_repeatable"],
+                declarations=_declarations(answer["declarations"]),
+                not_repeatable=_text(answer["not_repeatable"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        except Exception as error:  # a bad header raises whatever Python's parser does
             raise self._garbage(f"{type(error).__name__}: {error}") from error
 
     def _read_output(self, name: str, case: Case) -> Array:
         if name not in QUANTITIES:
             raise ValueError(f"{name!r} is no quantity")
         path = self._outputs / f"{name}.npy"
-        large = path.stat().st_size >= MAPPED
-        array: Array = np.load(path, mmap_mode="r" if large else None, allow_pickle=False)
+        if path.is_symlink() or not path.is_file():  # a pipe would never end
+            raise ValueError(f"{path.name} is no file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of headers that are no good
+            # Mapped, a shape that the file is too small for takes no memory.
+            array: Array = np.lib.format.open_memmap(path, mode="r")
+        if array.nbytes < MAPPED:
+            array = np.array(array)
         path.unlink()
         if name in IN_FULL:
             right = array.shape == case.shape and array.dtype == storage(case.dtype)
@@ -420,12 +443,12 @@ class _Worker:
     def _receive(self, limit: float) -> dict[str, Any]:
         line = self._receive_line(limit)
         try:
-            answer = json.loads(line)
+            answer = _spelled_out(json.loads(line))
             if answer["id"] == self._count:
                 return dict(answer)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             pass
-        raise self._garbage(line[:200].decode(errors="backslashreplace"))
+        raise self._garbage(line[:LONGEST_QUOTE].decode(errors="backslashreplace"))
 
     def _receive_line(self, limit: float) -> bytes:
         deadline = time.monotonic() + limit
@@ -474,13 +497,13 @@ class _Worker:
         elif code == -signal.SIGKILL:
             reason = "killed by SIGKILL, as a system does that runs out of memory"
         elif code < 0:
-            reason = f"killed by {signal.Signals(-code).name}"
+            reason = f"killed by {_signal_name(-code)}"
         else:
             reason = f"exited with code {code}"
         return _Failure("crash", reason, self._last_words())
 
     def _garbage(self, what: str) -> _Failure:
-        reason = f"the worker's reply cannot be read: {what}"
+        reason = f"the worker's reply cannot be read: {what[:LONGEST_QUOTE]}"
         return _Failure("crash", reason, self._last_words())
 
     def _listen_out(self, seconds: float) -> None:
@@ -526,6 +549,64 @@ class _Worker:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _spelled_out(value: Any, depth: int = 0) -> Any:
+    """JSON in which what UTF-8 cannot carry (lone surrogates) is spelled out. Raises ValueError."""
+    if depth > DEEPEST_REPLY:
+        raise ValueError("nested too deeply")
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, list):
+        return [_spelled_out(item, depth + 1) for item in value]
+    if isinstance(value, dict):
+        return {_spelled_out(k): _spelled_out(v, depth + 1) for k, v in value.items()}
+    return value
+
+
+def _text(value: object) -> str | None:
+    """A text or None. Raises TypeError."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _declarations(found: Mapping[str, Any]) -> Declarations:
+    """Raises TypeError or ValueError where they are not what a worker may declare."""
+    declared = Declarations(**found)
+    if declared.running_var_correction not in (0, 1) or declared.running_update not in UPDATES:
+        raise ValueError(f"{declared}")
+    return declared
+
+
+def _checked_environment(part: Mapping[str, Any]) -> dict[str, Any]:
+    """An environment as a report needs it. Raises AttributeError, KeyError, TypeError or ValueError."""
+    cpu, devices, packages = part["cpu"], list(part["devices"]), {**part["packages"]}
+    needed = [part["python"], part["platform"], *(device["name"] for device in devices)]
+    if None in needed or not isinstance(part["threads"], int):
+        raise TypeError("an environment without its versions")
+    for text in (
+        *needed,
+        part["blas"],
+        *packages.values(),
+        *(cpu.get(name) for name in ("model", "isa")),
+        *(device.get(name) for device in devices for name in ("driver", "cuda", "cudnn")),
+    ):
+        _text(text)
+    return {**part, "devices": devices, "flags": {**part["flags"]}}
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have none
+        return f"signal {number}"
+
+
+def _made(scratch: Path, prefix: str) -> Path:
+    """A new folder in the scratch folder, also where that was swept away."""
+    scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=scratch))
+
+
 def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
     assert stream is not None  # noqa: S101 - all three were asked for
     return stream
@@ -554,7 +635,7 @@ def _environment(threads: int, poisoned: bool) -> dict[str, str]:
 def scratch_folder(room: int = ROOM) -> Iterator[Path]:
     """A folder for tensors and workers, removed at the end; in shared memory where `room` bytes are free.
 
-    Folders that killed auditors left there are removed first.
+    Folders that killed auditors left there are removed first. Raises OSError where none can be made.
     """
     parents = [Path(tempfile.gettempdir())]
     shared = Path("/dev/shm")  # noqa: S108 - mkdtemp makes a folder only its owner can enter

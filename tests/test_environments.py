@@ -104,6 +104,7 @@ def test_an_interpreter_a_virtual_environment_and_a_command_are_used_as_they_are
     [
         ("python3.98", "there is no interpreter python3.98"),
         ("nowhere/bin/activate", "there is no file or folder nowhere/bin/activate"),
+        ("~nobody-of-this-name/venv", "there is no file or folder ~nobody-of-this-name/venv"),
         (".", "has no bin/python"),
     ],
 )

@@ -15,7 +15,7 @@ import click
 
 from bnaudit import __version__
 from bnaudit.cli import catalogue, check, compare, probe, repro, run, selftest, show, upgrade
-from bnaudit.cli.common import INTERRUPTED, USAGE, Failure
+from bnaudit.cli.common import INCOMPLETE, INTERRUPTED, USAGE, Failure
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,11 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("bnaudit: interrupted", err=True)
         code = INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read the output has seen enough. Python would complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read the output has seen enough
+        _silence()
         code = INTERRUPTED
+    except OSError as error:
+        click.echo(f"bnaudit: the system refuses: {error}", err=True)
+        _silence()
+        code = INCOMPLETE
     sys.exit(code)
+
+
+def _silence() -> None:
+    """Drops what standard output still holds: Python would complain when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(error: click.ClickException) -> str:

@@ -74,7 +74,10 @@ def explained(verbose: bool = False) -> Iterator[None]:
             raise Failure(str(error), UNTRUSTED) from error
         if verbose:
             traceback.print_exc()
-        message = f"internal error: {type(error).__name__}: {error} (-v shows where)"
+        if isinstance(error, OSError):  # no room, no folder to write to
+            message = f"the system refuses: {error} (-v shows where)"
+        else:
+            message = f"internal error: {type(error).__name__}: {error} (-v shows where)"
         raise Failure(message, INCOMPLETE) from error
 
 

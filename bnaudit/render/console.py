@@ -256,7 +256,7 @@ def counts(report: Report) -> str:
     if specimens:
         whose = "all" if specimens == summary.fail else f"{specimens} of them"
         failed = f"{summary.fail} fail"
-        parts[parts.index(failed)] = f"{failed} ({whose} specimens)"
+        parts = [f"{p} ({whose} specimens)" if p == failed else p for p in parts]
     accepted = sum(r.accepted is not None for r in report.results)
     if accepted:
         parts.append(f"{accepted} of these accepted by the baseline")

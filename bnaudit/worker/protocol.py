@@ -65,6 +65,8 @@ from .execution import Implementation, NoResult, Tensors, describe, printable, r
 if TYPE_CHECKING:
     from typing import Any, BinaryIO
 
+    from .rounding import Array
+
     Message = dict[str, Any]
 
 UPDATES = ("ema", "caffe")
@@ -83,8 +85,7 @@ def serve(parent: int) -> None:
     worker = Worker()
     _send(replies, {"id": 0, "outcome": "done"})
     for line in requests:
-        request = json.loads(line.decode("ascii"))
-        _send(replies, dict(worker.answer(request), id=request["id"]))
+        _send(replies, worker.reply(line))
 
 
 def _die_with(parent: int) -> None:
@@ -117,6 +118,16 @@ class Worker:
         """Loads nothing yet."""
         self._loaded: dict[str, Implementation] = {}
         self._tensors: tuple[str, Tensors] | None = None
+
+    def reply(self, line: bytes) -> Message:
+        """The reply to a line; one that is no request is answered without an id."""
+        try:
+            request = json.loads(line.decode("ascii"))
+            identity = request["id"]
+        except Exception as error:
+            reason = "the request cannot be read: " + describe(error)
+            return {"id": None, "outcome": "raised", "reason": reason, "traceback": None}
+        return dict(self.answer(request), id=identity)
 
     def answer(self, request: Message) -> Message:
         """The reply to a request, without its id."""
@@ -174,9 +185,7 @@ class Worker:
         if not tensors.kept:
             self._tensors = None
         for name, array in execution.outputs.items():
-            path = os.path.join(request["outputs"], name + ".npy")
-            # np.save by itself writes another memory format several times more slowly.
-            np.save(path, np.ascontiguousarray(array), allow_pickle=False)
+            _save(os.path.join(request["outputs"], name + ".npy"), array)
         return {
             "outcome": "done",
             "outputs": list(execution.outputs),
@@ -185,6 +194,18 @@ class Worker:
             "not_repeatable": execution.not_repeatable,
             "declarations": declarations,
         }
+
+
+def _save(path: str, array: Array) -> None:
+    try:
+        # np.save by itself writes another memory format several times more slowly.
+        np.save(path, np.ascontiguousarray(array), allow_pickle=False)
+    except OSError as error:
+        if os.path.exists(path):
+            os.remove(path)  # the next output may need the room
+        # NumPy counts elements where the disk is full, and does not say so.
+        reason = "%s could not be written: %s" % (os.path.basename(path), error.strerror or error)
+        raise NoResult("raised", reason) from error
 
 
 def _implementation(name: str, folder: str) -> Implementation:

@@ -1,0 +1,1 @@
+"""Damaged files and messages for everything that reads what others wrote."""

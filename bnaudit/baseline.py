@@ -26,6 +26,7 @@ from bnaudit.report import (
     ReportError,
     ResultRecord,
 )
+from bnaudit.verdict import CONSTANT_ABS_ERROR
 
 FACTOR = 4.0
 """Growth of T from which on a deviation above its bound is worse than the one that was accepted."""
@@ -57,10 +58,15 @@ class _Part(BaseModel):
 
 
 class Known(_Part):
-    """One quantity as it was accepted; bound_ratio is T, null where it has none."""
+    """One quantity as it was accepted.
+
+    bound_ratio: T, null where it has none. constant_error: how far constant channels are from the bias, in σ;
+    null where none is, or nobody knows.
+    """
 
     status: Deviation
     bound_ratio: float | None = None
+    constant_error: float | None = None
 
 
 class Entry(_Part):
@@ -161,15 +167,23 @@ def _worse(name: str, quantity: Quantity, known: Known | None) -> str | None:
     if known is None or RANKS.index(quantity.status) > RANKS.index(known.status):
         status = "pass" if known is None else known.status
         return f"{name} is worse than the baseline's {status}"
-    new, old = quantity.bound_ratio, known.bound_ratio
-    if new is None or new <= 1:
-        return None
+    if _has_grown(quantity.bound_ratio, known.bound_ratio, above=1):
+        before = "nothing" if known.bound_ratio is None else f"{known.bound_ratio:.3g}"
+        return f"{name} has {quantity.bound_ratio:.3g} times its bound, the baseline knows {before}"
+    # T says little of constants, which have a rule of their own.
+    new, old = quantity.constant_error, known.constant_error
+    if old is not None and _has_grown(new, old, above=CONSTANT_ABS_ERROR):
+        return f"{name} of a constant channel is off by {new:.3g} σ, the baseline knows {old:.3g}"
+    return None
+
+
+def _has_grown(new: float | None, old: float | None, *, above: float) -> bool:
+    """Whether a number that matters, being above something, is FACTOR times the old one."""
+    if new is None or new <= above:
+        return False
     limit = math.nan if old is None else FACTOR * old
     # Also where both are nan or both are infinite, of which there is no multiple.
-    if new < limit or repr(new) == repr(old):
-        return None
-    before = "nothing" if old is None else f"{old:.3g}"
-    return f"{name} has {new:.3g} times its bound, the baseline knows {before}"
+    return not (new < limit or repr(new) == repr(old))
 
 
 def write(
@@ -212,7 +226,11 @@ def _made(report: Report, earlier: Baseline | None, today: date, fail_on: FailOn
                     "input_sha256": case.input_sha256,
                     "status": result.status,
                     "quantities": {
-                        name: {"status": quantity.status, "bound_ratio": quantity.bound_ratio}
+                        name: {
+                            "status": quantity.status,
+                            "bound_ratio": quantity.bound_ratio,
+                            "constant_error": quantity.constant_error,
+                        }
                         for name, quantity in result.quantities.items()
                         if quantity.status in deviations
                     },

@@ -69,6 +69,32 @@ def test_t_may_grow_to_less_than_four_times(
     assert found.status == "fail"
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "accepted"),
+    [
+        (0.004, 0.0159, True),
+        (0.004, 0.016, False),
+        (1e-5, 9e-4, True),  # harmless as it is
+        (0.004, math.inf, False),
+        (math.inf, math.inf, True),
+        (None, 0.5, True),  # an entry that does not know it
+        (0.5, None, True),
+    ],
+)
+def test_a_constant_may_be_off_by_less_than_four_times_as_much(
+    tmp_path: Path, old: float | None, new: float | None, accepted: bool
+) -> None:
+    """T is below its bound all the while."""
+
+    def made(error: float | None) -> Report:
+        y = judged("fail", bound_ratio=0.1, constant_error=error)
+        return report(facts(CASE), result(CASE, status="fail", quantities={"y": y}))
+
+    found = judge(baseline(made(old), tmp_path), made(new))
+    assert (found.accepted is not None) == accepted
+    assert accepted or "of a constant channel is off by" in (found.waiver or "")
+
+
 @pytest.mark.parametrize("new", ["warn", "fail", "timeout", "crash"])
 @pytest.mark.parametrize("old", ["warn", "fail", "timeout", "crash"])
 def test_no_worse_status_is_accepted_and_a_death_only_as_what_it_was(

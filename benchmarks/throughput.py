@@ -43,7 +43,7 @@ def statistics() -> None:
     """Throughput of the certified statistics."""
     import numpy as np
 
-    from bnaudit.reference import moments, normalization
+    from bnaudit.certified import moments, normalization
 
     try:
         import torch
@@ -102,7 +102,7 @@ shape: {list(shape)}
 def audit() -> None:
     """Time of reference and comparison against the backend's."""
     from bnaudit.inputs import make
-    from bnaudit.measure import Declarations, Reference
+    from bnaudit.reference import Declarations, Reference
     from bnaudit.scenario import load
     from bnaudit.subject import Subject, scratch_folder
 

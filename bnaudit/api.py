@@ -26,9 +26,9 @@ import numpy as np
 
 from bnaudit import inputs as making
 from bnaudit import scenario, verdict
+from bnaudit.certified import check_environment
 from bnaudit.inputs import Array
-from bnaudit.measure import Declarations, Reference
-from bnaudit.reference import check_environment
+from bnaudit.reference import Declarations, Reference
 from bnaudit.verdict import Judged
 from bnaudit.worker.execution import RUNNING, NoResult, Tensors, checked_outputs
 

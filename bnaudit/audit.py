@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+from bnaudit.certified import check_environment
 from bnaudit.consistency import Bench, Call, Consistency, Disagreement, examine
-from bnaudit.deviation import Measurement
 from bnaudit.distributions import FileError
 from bnaudit.environments import AnySubject
 from bnaudit.inputs import Inputs, make
-from bnaudit.measure import Facts, Reference
-from bnaudit.reference import check_environment
+from bnaudit.measure import Measurement
+from bnaudit.reference import Facts, Reference
 from bnaudit.scenario import Case, Scenario
 from bnaudit.verdict import Judged, judge
 from bnaudit.worker.rounding import storage

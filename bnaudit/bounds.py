@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from bnaudit.reference import Doubles, Gradients, Normalization
+from bnaudit.certified import Doubles, Gradients, Normalization
 from bnaudit.worker.rounding import statistics_dtype
 
 CAP = 0.03

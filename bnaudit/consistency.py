@@ -22,10 +22,10 @@ from typing import TypeAlias
 
 import numpy as np
 
-from bnaudit.deviation import Measurement
 from bnaudit.environments import AnySubject
 from bnaudit.inputs import Array, Inputs
-from bnaudit.measure import Reference
+from bnaudit.measure import Measurement
+from bnaudit.reference import Reference
 from bnaudit.scenario import Case
 from bnaudit.subject import Reply
 from bnaudit.worker.execution import IN_FULL, difference

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from bnaudit import __version__
-from bnaudit.reference import EnvironmentFaultError, check_environment
+from bnaudit.certified import EnvironmentFaultError, check_environment
 from bnaudit.subject import Subject, scratch_folder
 from bnaudit.worker.backends import BACKENDS
 

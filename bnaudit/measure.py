@@ -1,29 +1,24 @@
-"""Outputs × reference → Measurements: the certified answers to a case, and how far a backend is from each."""
+"""Deviation of one returned quantity from the right answer, element by element.
+
+y and grad_input are compared as the reference is formed, block by block, so that nothing of the size of
+the tensor is stored. Values that are not finite are counted before anything is subtracted.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from fractions import Fraction
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from numba import njit
 
 from bnaudit import bounds
-from bnaudit.bounds import FORMATS, Allowance, GradientBounds
-from bnaudit.deviation import (
-    Measurement,
-    difference_of_y,
-    flat,
-    measure_channels,
-    measure_grad_input,
-    measure_unchanged,
-    measure_y,
-)
-from bnaudit.inputs import Inputs
-from bnaudit.reference import (
+from bnaudit.bounds import FORMATS, Allowance, ElementBounds, Format, GradientBounds
+from bnaudit.certified import (
+    INFINITY_BITS,
+    MAGNITUDE,
     NONFINITE,
     OK,
     UNJUDGED,
@@ -31,368 +26,611 @@ from bnaudit.reference import (
     Doubles,
     Gradients,
     Line,
-    Moments,
+    Normalization,
     Pair,
     Tangent,
-    gradients,
-    moments,
-    nearest,
-    normalization,
-    running_statistics,
+    bits_of,
+    from_bits,
+    grad_input_element,
+    line_of,
     slabs,
-    step_weight,
+    tangent_of,
+    y_element,
 )
 from bnaudit.scenario import Case
-from bnaudit.worker.rounding import widen
+from bnaudit.worker.rounding import round_to, widen
 
-QUANTITIES = (
-    "y",
-    "batch_mean",
-    "batch_var",
-    "invstd",
-    "running_mean",
-    "running_var",
-    "grad_input",
-    "grad_weight",
-    "grad_bias",
-)
-"""In the order in which they are reported: of two that are equally bad, the first is named."""
+BLOCK = 512
+"""Elements compared at a time: eight float64 buffers of this size stay in the first-level cache."""
 
 
 @dataclass(frozen=True)
-class Declarations:
-    """What a backend says of its running statistics: the variance's correction and the update rule."""
+class Worst:
+    """Where T is largest: the place in (N, C, *) order, what was returned there and what is right.
 
-    running_var_correction: int = 1
-    running_update: str = "ema"
+    Where only the rule of constants is broken (T <= 1), the constant that is farthest off instead.
+    """
+
+    index: tuple[int, ...]
+    value: float
+    reference: float
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What is known of a case's input, and decides how deviations are explained.
+class Measurement:
+    """One quantity's deviation from the reference, over all judged elements.
 
-    condition_number: largest sqrt(1 + mean²/var) over the channels of all steps; inf where var is 0.
-    ill_conditioned: whether the cap on the allowances of y is at work in some channel.
-    extreme: whether squares of the last batch's values leave the statistics dtype's normal range.
+    max_abs_error, max_ulp_error: in the quantity's own unit and in units in the last place of the right
+    value. max_sigma_error: |error| / |weight|, for y. bound_ratio, tight_ratio: T and T0 (see bounds).
+    floor: what rounding the mean alone costs at the worst element's channel. nonfinite: elements that
+    are finite where the right value is not, or the other way round. constant_misses, constant_error:
+    elements that must equal the bias and do not, and by how much at most, in units of |weight|; None where
+    nothing is constant.
+    poor: elements with T > 30 and fewer than 8 good bits. unjudged: channels in which nothing is defined;
+    judged: whether there is any other. rounded: of means, whether the error is small enough for rounding to be
+    its cause. None: does not apply, or nothing to judge.
     """
 
-    mode: str
-    condition_number: float
-    ill_conditioned: bool
-    extreme: bool
+    max_abs_error: float | None = None
+    max_sigma_error: float | None = None
+    max_ulp_error: float | None = None
+    bound_ratio: float | None = None
+    tight_ratio: float | None = None
+    floor: float | None = None
+    nonfinite: int = 0
+    worst: Worst | None = None
+    constant_misses: int | None = None
+    constant_error: float | None = None
+    poor: int = 0
+    judged: bool = True
+    unjudged: int = 0
+    rounded: bool | None = None
+
+    @property
+    def sound(self) -> bool:
+        """Whether T is at most 1 and everything is finite that should be, where that is judged at all."""
+        return self.bound_ratio is None or (self.bound_ratio <= 1 and self.nonfinite == 0)
 
 
-class Reference:
-    """The certified answers to one case, computed once and compared with every backend's outputs.
+class Tally(NamedTuple):
+    """Running maxima per channel (C,), updated in place by the kernels. position: element n·S + s."""
 
-    Attributes:
-        facts: what else a verdict takes into account.
-    """
+    ratio: Doubles
+    tight: Doubles
+    error: Doubles
+    ulps: Doubles
+    position: npt.NDArray[np.int64]
+    nonfinite: npt.NDArray[np.int64]
+    poor: npt.NDArray[np.int64]
 
-    def __init__(self, case: Case, inputs: Inputs) -> None:
-        """Forms the sums of every step, and the coefficients of the last."""
-        self.case = case
-        self._averages: dict[tuple[bool, int, str], tuple[Pair, Allowance]] = {}
-        dtype = case.dtype
-        x = [flat(step) for step in inputs.x]
-        channels = case.channels
-        ones = np.ones(channels)
 
-        def values(stored: Array | None, default: Doubles) -> Doubles:
-            if stored is None:
-                return default
-            return widen(stored, case.parameter_dtype).astype(np.float64)
+def _tally(channels: int) -> Tally:
+    ratio, tight, error, ulps = np.zeros((4, channels))
+    position, nonfinite, poor = np.zeros((3, channels), np.int64)
+    position -= 1
+    return Tally(ratio, tight, error, ulps, position, nonfinite, poor)
 
-        self.weight = values(inputs.weight, ones)
-        self.bias = values(inputs.bias, np.zeros(channels))
-        self.running_mean = values(inputs.running_mean, np.zeros(channels))
-        self.running_var = values(inputs.running_var, ones)
-        training = case.mode == "training"
-        self.batches = [moments(dtype, step) for step in x] if training else []
-        statistics = self.batches[-1] if training else self._running_moments(x[-1])
-        self.norm = normalization(
-            statistics.mean,
-            statistics.var,
-            statistics.largest,
-            statistics.size,
-            case.eps,
-            self.weight,
-            self.bias,
-            n=case.n,
-            training=training,
-        )
-        if not training:
-            # An infinite running variance has no right y: 0 · (x − mean) is as good as a refusal.
-            infinite = np.isposinf(self.running_var)
-            self.norm = replace(
-                self.norm,
-                state=np.where(infinite, UNJUDGED, self.norm.state),
-                y_state=np.where(infinite, UNJUDGED, self.norm.y_state),
-            )
-        self.grads: Gradients | None = None
-        self._dy = None if inputs.grad_output is None else flat(inputs.grad_output[-1])
-        if self._dy is not None:
-            dy = self._dy
-            self.grads = gradients(dtype, x[-1], dy, statistics, case.eps, self.norm)
-            self.gradient_bounds = self._gradient_bounds(self.grads, x[-1], dy)
-        self._x = x[-1]
-        condition = max((_condition(batch) for batch in self.batches), default=1.0)
-        if not training:
-            condition = _condition(moments(dtype, x[-1]))
-        largest = float(np.max(statistics.largest, initial=0.0, where=self.norm.state == OK))
-        with np.errstate(invalid="ignore"):
-            capped = (bounds.ill_conditioned(self.norm, dtype) > bounds.CAP).any()
-        self.facts = Facts(
-            case.mode,
-            condition,
-            ill_conditioned=bool(capped and training),
-            extreme=training and _squares_leave_range(largest, case.statistics_dtype),
-        )
 
-    def _running_moments(self, x: Array) -> Moments:
-        def exact(values: Doubles) -> list[tuple[int, int] | None]:
-            return [float(v).as_integer_ratio() if math.isfinite(v) else None for v in values]
+class Output(NamedTuple):
+    """What the kernels need to know of the output's format."""
 
-        # Only float64 reaches exponents that need scaling.
-        largest = np.zeros(x.shape[1])
-        if self.case.dtype == "float64":
-            for image in x:
-                finite = np.where(np.isfinite(image), np.abs(image), 0.0)
-                largest = np.maximum(largest, finite.max(axis=1, initial=0.0))
-        return Moments(
-            self.case.n,
-            exact(self.running_mean),
-            exact(self.running_var),
-            size=np.abs(self.running_mean),
-            largest=np.maximum(largest, np.abs(self.running_mean)),
-        )
+    precision: int
+    min_exponent: int
+    largest: float
+    roundoff: float
 
-    def _gradient_bounds(self, grads: Gradients, x: Array, dy: Array) -> GradientBounds:
-        norm, dtype = self.norm, self.case.dtype
-        magnitude, weighted = np.zeros(x.shape[1]), np.zeros(x.shape[1])
-        for _, (xs, dys) in slabs(dtype, x, dy):
-            _weighted(
-                xs,
-                dys,
-                norm.training,
-                norm.line,
-                grads.tangent,
-                norm.rate,
-                norm.size * norm.rate,
-                magnitude,
-                weighted,
-            )
-        return bounds.gradient_bounds(
-            norm, grads, magnitude, weighted, dtype, self.case.parameter_dtype
-        )
 
-    def _statistics_bounds(self, batch: Moments) -> bounds.StatisticsBounds:
-        norm = normalization(
-            batch.mean,
-            batch.var,
-            batch.largest,
-            batch.size,
-            self.case.eps,
-            self.weight,
-            self.bias,
-            n=batch.n,
-            training=True,
-        )
-        return bounds.statistics_bounds(norm, batch.size, self.case.eps, self.case.dtype)
+def _output(form: Format) -> Output:
+    return Output(form.precision, form.min_exponent, form.largest, form.unit_roundoff)
 
-    def measure(
-        self, outputs: Mapping[str, Array], declared: Declarations
-    ) -> dict[str, Measurement]:
-        """Measurement of every returned quantity that has a reference, y first."""
-        case = self.case
-        result = {}
-        for name in QUANTITIES:
-            if name not in outputs:
-                continue
-            got = outputs[name]
-            if name == "y":
-                result[name] = measure_y(case, self._x, flat(got), self.norm, self.running_mean)
-            elif name == "grad_input":
-                if self.grads is not None and self._dy is not None:
-                    result[name] = measure_grad_input(
-                        case,
-                        self._x,
-                        self._dy,
-                        flat(got),
-                        self.norm,
-                        self.grads,
-                        self.gradient_bounds,
-                    )
-            else:
-                measurement = self._measure_channels(name, got, declared)
-                if measurement is not None:
-                    result[name] = measurement
-        for name in {"batch_mean", "running_mean"} & result.keys():
-            weight = 1.0 if name == "batch_mean" else self.case.momentum or 1 / self.case.steps
-            rounded = self._rounded(result[name], weight)
-            result[name] = replace(result[name], rounded=rounded)
-        return result
 
-    def _rounded(self, mean: Measurement, weight: float) -> bool:
-        """Whether a wrong mean is near enough to the right one for rounding to be the cause.
-
-        weight: of the batch's mean in it.
-        """
-        error, worst = mean.max_abs_error, mean.worst
-        if error is None or worst is None or mean.nonfinite or worst.value == -worst.reference:
-            return False
-        size = self.norm.size / self.norm.line.scale
-        return error <= weight * float(size[worst.index[0]]) / 4
-
-    def difference(self, name: str, first: Array, second: Array) -> tuple[float, float]:
-        """The largest |first − second| of y or batch_mean, also in units of twice its tight bound."""
-        case, norm = self.case, self.norm
-        if name == "y":
-            return difference_of_y(case, self._x, flat(first), flat(second), norm)
-        batch = bounds.statistics_bounds(norm, self.batches[-1].size, case.eps, case.dtype)
-        tight = 2 * batch.mean_tight
-        a, b = first.astype(np.float64), second.astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            # A constant channel has a mean also where eps = 0 leaves it without a y.
-            undefined = norm.state == NONFINITE
-            same = (a == b) | (np.isnan(a) & np.isnan(b)) | undefined
-            error = np.where(same, 0.0, np.abs(a - b))
-            error = np.where(np.isfinite(error), error, math.inf)
-            ratio = np.where(same, 0.0, error / (2 * tight))
-        return float(error.max(initial=0.0)), float(ratio.max(initial=0.0))
-
-    def _measure_channels(
-        self, name: str, got: Array, declared: Declarations
-    ) -> Measurement | None:
-        case, norm = self.case, self.norm
-        statistics = case.statistics_dtype
-        params = case.parameter_dtype
-        if name in ("running_mean", "running_var"):
-            return self._measure_running(name, got, declared)
-        if name in ("grad_weight", "grad_bias"):
-            if self.grads is None or case.affine is None:
-                return None
-            if case.n == 0:
-                zero = Pair(np.zeros(case.channels), np.zeros(case.channels))
-                exact = Allowance(np.full(case.channels, 2 * FORMATS[params].smallest), None)
-                return measure_channels(got, zero, exact, np.zeros(case.channels, np.int64), params)
-            right = self.grads.grad_weight if name == "grad_weight" else self.grads.grad_bias
-            allowance = getattr(self.gradient_bounds, name)
-            # grad_bias is a plain sum: no variance spoils it.
-            state = norm.state if name == "grad_weight" else np.zeros_like(norm.state)
-            return measure_channels(got, right, allowance, state, params)
-        if case.mode != "training" or case.n == 0:
-            return None
-        batch = bounds.statistics_bounds(norm, self.batches[-1].size, case.eps, case.dtype)
-        state = np.where(norm.state == UNJUDGED, OK, norm.state)
-        if name == "batch_mean":
-            return measure_channels(got, norm.mean, bounds.mean_allowance(batch), state, statistics)
-        if name == "batch_var":
-            return measure_channels(got, norm.var, bounds.var_allowance(batch), state, statistics)
-        allowance = bounds.invstd_allowance(norm, case.dtype)
-        return measure_channels(got, norm.invstd, allowance, norm.state, statistics)
-
-    def _measure_running(self, name: str, got: Array, declared: Declarations) -> Measurement:
-        case = self.case
-        is_mean = name == "running_mean"
-        start = self.running_mean if is_mean else self.running_var
-        fresh = np.zeros(case.channels, np.int64)
-        if case.mode == "inference" or case.n == 0:
-            return measure_unchanged(got.astype(np.float64), start)
-        correction = 0 if is_mean else declared.running_var_correction
-        right, allowance = self._running(is_mean, correction, declared.running_update)
-        measurement = measure_channels(got, right, allowance, fresh, case.parameter_dtype)
-        if case.n == 1 and not is_mean and not measurement.sound:
-            # With one value per channel the unbiased variance is undefined: it may also stay as it was.
-            stay = Pair(start, np.zeros(case.channels))
-            other = measure_channels(got, stay, allowance, fresh, case.parameter_dtype)
-            return other if other.sound else measurement
-        return measurement
-
-    def _running(self, is_mean: bool, correction: int, update: str) -> tuple[Pair, Allowance]:
-        """The right running mean or variance by one convention and its allowance, formed once."""
-        key = (is_mean, correction, update)
-        if key not in self._averages:
-            case = self.case
-            start = self.running_mean if is_mean else self.running_var
-            factor = Fraction(case.n, max(case.n - correction, 1))
-            weights = [step_weight(case.momentum, step) for step in range(1, case.steps + 1)]
-            if update == "caffe":
-                # Scaled sums with a factor blob, from zero: what was there before the first step is gone.
-                weights = _caffe_weights(case)
-            exact = [batch.mean if is_mean else batch.var for batch in self.batches]
-            limits = []
-            for batch, values in zip(self.batches, exact, strict=True):
-                b = self._statistics_bounds(batch)
-                statistic = np.array([math.nan if v is None else nearest(*v) for v in values])
-                limits.append((statistic, b.mean if is_mean else b.var))
-            allowance = bounds.running_allowance(
-                start, limits, [float(w) for w in weights], float(factor), case.parameter_dtype
-            )
-            right = running_statistics(start, exact, weights, factor)
-            self._averages[key] = right, allowance
-        return self._averages[key]
+@njit(cache=True, nogil=True, inline="always")
+def ulp(value: float, precision: int, min_exponent: int) -> float:
+    """Unit in the last place of a finite value in a format."""
+    exponent = max(((bits_of(value) & MAGNITUDE) >> 52) - 1023, min_exponent)
+    biased = exponent - (precision - 1) + 1023
+    return from_bits(biased << 52 if biased > 0 else 1 << (51 + biased))
 
 
 @njit(cache=True, nogil=True)
-def _weighted(
+def _compare(
+    c: int,
+    start: int,
+    m: int,
+    got: Any,
+    high: Any,
+    low: Any,
+    allowed: Any,
+    tight: Any,
+    coarse: Any,
+    error: Any,
+    ratio: Any,
+    output: Output,
+    tally: Tally,
+) -> None:
+    """Compares m elements with high + low and raises channel c's tally. All buffers are float64 blocks."""
+    limit = output.largest * (1.0 + 0.5 * output.roundoff)
+    top_ratio = top_tight = top_error = top_ulps = mismatches = 0
+    for i in range(m):
+        value, right = got[i], high[i]
+        finite = bits_of(value) & MAGNITUDE < INFINITY_BITS
+        expected = bits_of(right) & MAGNITUDE < INFINITY_BITS
+        # An infinity of the right sign is right where the reference may round to it.
+        reach = abs(right) + allowed[i]
+        rounds_up = limit <= reach < math.inf and value == math.copysign(math.inf, right)
+        difference = abs((value - right) - low[i])
+        wrong = finite != expected and not rounds_up
+        e = difference if finite and expected else (math.inf if wrong else 0.0)
+        error[i] = e
+        mismatches += 1 if wrong else 0
+        counted = 0.0 if wrong else e
+        # Where nothing is wrong the allowance may be undefined, as for an infinite x; where something
+        # is, an infinite allowance forgives nothing.
+        ratio[i] = 0.0 if e == 0.0 else e / allowed[i] if allowed[i] < math.inf else math.inf
+        top_ratio = max(top_ratio, bits_of(ratio[i]) & MAGNITUDE)
+        top_tight = max(top_tight, bits_of(e / tight[i] if e != 0.0 else 0.0) & MAGNITUDE)
+        top_error = max(top_error, bits_of(counted))
+        top_ulps = max(
+            top_ulps, bits_of(counted / ulp(right, output.precision, output.min_exponent))
+        )
+    tally.nonfinite[c] += mismatches
+    tally.tight[c] = max(tally.tight[c], from_bits(top_tight))
+    tally.error[c] = max(tally.error[c], from_bits(top_error))
+    tally.ulps[c] = max(tally.ulps[c], from_bits(top_ulps))
+    worst = from_bits(top_ratio)
+    if math.isnan(worst):
+        worst = math.inf
+    if not worst <= bounds.POOR:
+        for i in range(m):
+            if not ratio[i] <= bounds.POOR and not error[i] <= coarse[i]:
+                tally.poor[c] += 1
+    if tally.position[c] < 0 or not worst <= tally.ratio[c]:
+        tally.ratio[c] = worst
+        for i in range(m):
+            if bits_of(ratio[i]) & MAGNITUDE == top_ratio:
+                tally.position[c] = start + i
+                break
+
+
+@njit(cache=True, nogil=True)
+def _count_finite(c: int, start: int, m: int, got: Any, tally: Tally) -> None:
+    """Where the right result is not finite: a finite value is a mismatch."""
+    for i in range(m):
+        if math.isfinite(got[i]):
+            if tally.nonfinite[c] == 0:
+                tally.position[c] = start + i
+                tally.ratio[c] = tally.tight[c] = math.inf
+            tally.nonfinite[c] += 1
+
+
+@njit(cache=True, nogil=True)
+def _compare_y(
+    x: Any,
+    y: Any,
+    offset: int,
+    training: bool,
+    state: Any,
+    line: Line,
+    weight: Any,
+    limits: ElementBounds,
+    output: Output,
+    tally: Tally,
+) -> None:
+    """Compares y with the reference; x, y: (N, C, S) float32 or float64, `offset` elements into a channel."""
+    images, channels, plane = x.shape
+    got, high, low = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
+    allowed, tight, coarse = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
+    error, ratio = np.empty(BLOCK), np.empty(BLOCK)
+    for image in range(images):
+        for c in range(channels):
+            if state[c] == UNJUDGED:
+                continue
+            own, rate = line_of(line, c), limits.rate[c]
+            gamma, beta = abs(weight[c]), abs(own.bias)
+            base, wide, size, cap = limits.base[c], limits.wide[c], limits.size[c], limits.cap[c]
+            tight_base, tight_slope = limits.tight_base[c], limits.tight[c]
+            for s in range(0, plane, BLOCK):
+                m = min(BLOCK, plane - s)
+                start = offset + image * plane + s
+                y_row, x_row = y[image, c, s : s + m], x[image, c, s : s + m]
+                for i in range(m):
+                    got[i] = y_row[i]
+                if state[c] == NONFINITE:
+                    _count_finite(c, start, m, got, tally)
+                    continue
+                for i in range(m):
+                    v = np.float64(x_row[i])
+                    right, rest, distance = y_element(v, own)
+                    high[i], low[i] = right, rest
+                    xh = abs(distance) * rate
+                    allowed[i], tight[i] = bounds.y_allowances(
+                        training,
+                        abs(v * own.scale) * rate,
+                        xh,
+                        abs(right),
+                        limits.rounding,
+                        base,
+                        wide,
+                        size,
+                        tight_base,
+                        tight_slope,
+                        cap,
+                    )
+                    coarse[i] = 2.0**-bounds.POOR_BITS * (gamma * max(1.0, xh) + beta)
+                _compare(
+                    c, start, m, got, high, low, allowed, tight, coarse, error, ratio, output, tally
+                )
+
+
+@njit(cache=True, nogil=True)
+def _compare_grad_input(
     x: Any,
     dy: Any,
+    dx: Any,
+    offset: int,
     training: bool,
+    state: Any,
     line: Line,
     tangent: Tangent,
-    rate: Any,
-    size: Any,
-    magnitude: Any,
-    weighted: Any,
+    limits: GradientBounds,
+    output: Output,
+    tally: Tally,
 ) -> None:
-    """Adds Σ|dy| and Σ|dy| q (training) or Σ|dy| (|x| + |m|) invstd per channel, times tangent.scale."""
+    """Compares grad_input with the reference; arguments as in _compare_y."""
+    images, channels, plane = x.shape
+    got, high, low = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
+    allowed, error, ratio = np.empty(BLOCK), np.empty(BLOCK), np.empty(BLOCK)
+    coarse = np.full(BLOCK, math.inf)
+    for image in range(images):
+        for c in range(channels):
+            if state[c] == UNJUDGED:
+                continue
+            own, ours, rate = line_of(line, c), tangent_of(tangent, c), limits.rate[c]
+            for s in range(0, plane, BLOCK):
+                m = min(BLOCK, plane - s)
+                start = offset + image * plane + s
+                dx_row, dy_row = dx[image, c, s : s + m], dy[image, c, s : s + m]
+                x_row = x[image, c, s : s + m]
+                for i in range(m):
+                    got[i] = dx_row[i]
+                if state[c] == NONFINITE:
+                    _count_finite(c, start, m, got, tally)
+                    continue
+                for i in range(m):
+                    # In inference the gradient does not depend on x, which may even be infinite.
+                    v = np.float64(x_row[i]) if training else 0.0
+                    g = np.float64(dy_row[i])
+                    right, rest, distance = grad_input_element(v, g, own, ours)
+                    high[i], low[i] = right, rest
+                    allowed[i] = bounds.grad_input_allowance(
+                        training,
+                        abs(v * own.scale) * rate,
+                        abs(distance) * rate,
+                        abs(g * ours.scale),
+                        abs(right),
+                        c,
+                        limits,
+                        ours.up,
+                        ours.lift,
+                    )
+                _compare(
+                    c,
+                    start,
+                    m,
+                    got,
+                    high,
+                    low,
+                    allowed,
+                    allowed,
+                    coarse,
+                    error,
+                    ratio,
+                    output,
+                    tally,
+                )
+
+
+@njit(cache=True, nogil=True)
+def _constants(
+    x: Any,
+    y: Any,
+    everywhere: bool,
+    constant: Any,
+    mean: Any,
+    expected: Any,
+    offset: int,
+    misses: Any,
+    error: Any,
+    position: Any,
+    seen: Any,
+) -> None:
+    """Counts elements that must equal the bias and do not, and finds their largest |y − bias|, per channel.
+
+    In training those are whole channels (`everywhere`), in inference elements that equal the mean.
+    """
     images, channels, plane = x.shape
     for image in range(images):
         for c in range(channels):
+            if not constant[c]:
+                continue
+            right = expected[c]
             for s in range(plane):
-                v = np.float64(x[image, c, s]) * line.scale[c]
-                g = abs(np.float64(dy[image, c, s])) * tangent.scale[c]
-                ax = abs(v) * rate[c]
-                magnitude[c] += g
-                if training:
-                    weighted[c] += g * bounds.sensitivity(
-                        ax, abs(v - line.m0[c]) * rate[c], size[c]
-                    )
-                else:
-                    weighted[c] += g * (ax + size[c])
+                if everywhere or x[image, c, s] == mean[c]:
+                    seen[c] += 1
+                    value = y[image, c, s]
+                    if value != right:
+                        misses[c] += 1
+                        difference = abs(np.float64(value) - right)
+                        if math.isnan(difference):
+                            difference = math.inf
+                        if difference > error[c]:
+                            error[c] = difference
+                            position[c] = offset + image * plane + s
 
 
-def _caffe_weights(case: Case) -> list[Fraction]:
-    """Weights with which R ← (1 − w) R + w v yields Caffe's average, Σ f^(t−k) v_k / Σ f^(t−k).
+@njit(cache=True, nogil=True)
+def _differ_y(
+    x: Any,
+    first: Any,
+    second: Any,
+    training: bool,
+    state: Any,
+    line: Line,
+    limits: ElementBounds,
+    error: Any,
+    ratio: Any,
+) -> None:
+    """Raises error and ratio, (C,), to the largest |first − second|, also in units of twice its tight bound."""
+    images, channels, plane = x.shape
+    for image in range(images):
+        for c in range(channels):
+            if state[c] != OK:
+                continue
+            own, rate = line_of(line, c), limits.rate[c]
+            base, wide, size, cap = limits.base[c], limits.wide[c], limits.size[c], limits.cap[c]
+            tight_base, tight_slope = limits.tight_base[c], limits.tight[c]
+            for s in range(plane):
+                a, b = np.float64(first[image, c, s]), np.float64(second[image, c, s])
+                if a == b or (math.isnan(a) and math.isnan(b)):
+                    continue
+                difference = abs(a - b)
+                if not difference < math.inf:  # one of them is not finite
+                    error[c] = ratio[c] = math.inf
+                    continue
+                v = np.float64(x[image, c, s])
+                right, _, distance = y_element(v, own)
+                _, tight = bounds.y_allowances(
+                    training,
+                    abs(v * own.scale) * rate,
+                    abs(distance) * rate,
+                    abs(right),
+                    limits.rounding,
+                    base,
+                    wide,
+                    size,
+                    tight_base,
+                    tight_slope,
+                    cap,
+                )
+                error[c] = max(error[c], difference)
+                ratio[c] = max(ratio[c], difference / (2.0 * tight))
 
-    f is 1 − momentum, and 1 where momentum is null.
-    """
-    decay = 1 - Fraction(0 if case.momentum is None else case.momentum)
-    total, weights = Fraction(0), []
-    for _ in range(case.steps):
-        total = total * decay + 1
-        weights.append(1 / total)
-    return weights
+
+# --- from kernels to measurements ------------------------------------------------------------------
 
 
-def _condition(batch: Moments) -> float:
-    """Largest condition number of the variance over the channels with finite values; nan if there is none."""
-    worst = math.nan
-    for mean, var in zip(batch.mean, batch.var, strict=True):
-        if mean is None or var is None:
-            continue
-        if var[0] == 0:
-            return math.inf
-        kappa = math.sqrt(1 + nearest(mean[0] ** 2 * var[1], mean[1] ** 2 * var[0]))
-        worst = kappa if math.isnan(worst) else max(worst, kappa)
-    return worst
+def _index(case: Case, channel: int, position: int) -> tuple[int, ...]:
+    plane = math.prod(case.shape[2:])
+    image, s = divmod(position, plane)
+    inner = np.unravel_index(s, case.shape[2:]) if case.shape[2:] else ()
+    return (image, channel, *(int(i) for i in inner))
 
 
-def _squares_leave_range(largest: float, dtype: str) -> bool:
-    """Whether the square of max |x| is beyond the dtype's normal numbers, at either end."""
-    if not (math.isfinite(largest) and largest > 0):
-        return False
+def flat(tensor: Array) -> Array:
+    """An (N, C, *) tensor as (N, C, S)."""
+    return tensor.reshape(tensor.shape[0], tensor.shape[1], math.prod(tensor.shape[2:]))
+
+
+def _summary(tally: Tally, state: npt.NDArray[np.int64]) -> tuple[int | None, dict[str, Any]]:
+    """The worst channel and the fields that are plain maxima over the judged channels."""
+    judged = np.flatnonzero((state != UNJUDGED) & (tally.position >= 0))
+    if judged.size == 0:
+        return None, {"judged": bool((state != UNJUDGED).any())}
+    # A T that is not a number counts as infinite; argmax takes the first of equals.
+    ratio = np.where(np.isnan(tally.ratio), math.inf, tally.ratio)
+    worst = int(judged[np.argmax(ratio[judged])])
+    return worst, {
+        "max_abs_error": float(tally.error[judged].max()),
+        "max_ulp_error": float(tally.ulps[judged].max()),
+        "bound_ratio": float(ratio[judged].max()),
+        "nonfinite": int(tally.nonfinite.sum()),
+        "poor": int(tally.poor.sum()),
+        "unjudged": int((state == UNJUDGED).sum()),
+    }
+
+
+def measure_y(
+    case: Case, x: Array, y: Array, norm: Normalization, running_mean: Array
+) -> Measurement:
+    """Deviation of y. x, y: (N, C, S) in the case's storage; running_mean: (C,) in its own values."""
+    form = FORMATS[case.dtype]
+    limits = bounds.y_bounds(norm, case.dtype)
+    tally = _tally(x.shape[1])
+    expected = widen(round_to(norm.bias, case.dtype), case.dtype).astype(np.float64)
+    candidates = norm.y_state == OK
+    if norm.training:
+        candidates &= norm.constant
+    misses, seen = np.zeros(x.shape[1], np.int64), np.zeros(x.shape[1], np.int64)
+    error, place = np.zeros(x.shape[1]), np.zeros(x.shape[1], np.int64)
+    plane = x.shape[2]
+    for first, (xs, ys) in slabs(case.dtype, x, y):
+        _compare_y(
+            xs,
+            ys,
+            first * plane,
+            norm.training,
+            norm.y_state,
+            norm.line,
+            norm.weight,
+            limits,
+            _output(form),
+            tally,
+        )
+        if candidates.any():
+            _constants(
+                xs,
+                ys,
+                norm.training,
+                candidates,
+                running_mean,
+                expected,
+                first * plane,
+                misses,
+                error,
+                place,
+                seen,
+            )
+    worst, fields = _summary(tally, norm.y_state)
+    if worst is None:
+        return Measurement(**fields)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gain = np.abs(norm.weight)
+        sigma = np.where(tally.error > 0, tally.error / gain, 0.0)
+        harm = np.where(error > 0, error / gain, 0.0)
+    position = int(tally.position[worst])
+    if fields["bound_ratio"] <= 1 and misses.any():
+        # The bound finds no fault: what there is to show is the constant that is farthest off.
+        worst = int(np.argmax(harm))
+        position = int(place[worst])
+    image, s = divmod(position, plane)
+    return Measurement(
+        **fields,
+        tight_ratio=float(tally.tight.max()),
+        max_sigma_error=float(sigma.max()),
+        floor=float(bounds.floor(norm, case.dtype)[worst]),
+        worst=Worst(
+            _index(case, worst, position),
+            float(widen(y[image, worst, s : s + 1], case.dtype)[0]),
+            _y_value(norm, worst, float(widen(x[image, worst, s : s + 1], case.dtype)[0])),
+        ),
+        constant_misses=int(misses.sum()) if seen.any() else None,
+        constant_error=float(harm.max()) if seen.any() else None,
+    )
+
+
+def difference_of_y(
+    case: Case, x: Array, first: Array, second: Array, norm: Normalization
+) -> tuple[float, float]:
+    """The largest |first − second|, and the largest in units of twice the tight bound; all (N, C, S)."""
+    limits = bounds.y_bounds(norm, case.dtype)
+    error, ratio = np.zeros(x.shape[1]), np.zeros(x.shape[1])
+    for _, (xs, a, b) in slabs(case.dtype, x, first, second):
+        _differ_y(xs, a, b, norm.training, norm.y_state, norm.line, limits, error, ratio)
+    return float(error.max(initial=0.0)), float(ratio.max(initial=0.0))
+
+
+def _y_value(norm: Normalization, c: int, x: float) -> float:
+    return float(y_element(x, line_of(norm.line, c))[0]) if norm.y_state[c] == OK else math.nan
+
+
+def measure_grad_input(
+    case: Case,
+    x: Array,
+    dy: Array,
+    dx: Array,
+    norm: Normalization,
+    grads: Gradients,
+    limits: GradientBounds,
+) -> Measurement:
+    """Deviation of grad_input; tensors (N, C, S) in the case's storage."""
+    tally = _tally(x.shape[1])
+    for first, (xs, dys, dxs) in slabs(case.dtype, x, dy, dx):
+        _compare_grad_input(
+            xs,
+            dys,
+            dxs,
+            first * x.shape[2],
+            norm.training,
+            grads.state,
+            norm.line,
+            grads.tangent,
+            limits,
+            _output(FORMATS[case.dtype]),
+            tally,
+        )
+    worst, fields = _summary(tally, grads.state)
+    if worst is None:
+        return Measurement(**fields)
+    position = int(tally.position[worst])
+    image, s = divmod(position, x.shape[2])
+    here = (image, worst, slice(s, s + 1))
+    reference = math.nan
+    if grads.state[worst] == OK:
+        value = float(widen(x[here], case.dtype)[0]) if norm.training else 0.0
+        g = float(widen(dy[here], case.dtype)[0])
+        own, ours = line_of(norm.line, worst), tangent_of(grads.tangent, worst)
+        reference = float(grad_input_element(value, g, own, ours)[0])
+    return Measurement(
+        **fields,
+        worst=Worst(
+            _index(case, worst, position), float(widen(dx[here], case.dtype)[0]), reference
+        ),
+    )
+
+
+def measure_channels(
+    got: Array, right: Pair, allowance: Allowance, state: npt.NDArray[np.int64], dtype: str
+) -> Measurement:
+    """Deviation of a per-channel quantity, got: (C,) float. `dtype`: the statistics dtype."""
     form = FORMATS[dtype]
-    exponent = 2 * math.frexp(largest)[1]
-    return exponent > form.max_exponent or exponent < form.min_exponent
+    judged = state != UNJUDGED
+    if not judged.any():
+        return Measurement(judged=False)
+    value = got.astype(np.float64)
+    with np.errstate(all="ignore"):
+        finite, expected = np.isfinite(value), np.isfinite(right.high)
+        expected &= state == OK
+        # An overflow of the statistics dtype is an error of the value only where it need not happen.
+        limit = form.largest * (1 + form.unit_roundoff / 2)
+        rounds_up = np.isinf(value) & (np.sign(value) == np.sign(right.high))
+        reach = np.abs(right.high) + allowance.allowed
+        rounds_up &= (reach >= limit) & (reach < math.inf)
+        wrong = judged & (finite != expected) & ~(expected & rounds_up)
+        error = np.where(finite & expected, np.abs((value - right.high) - right.low), 0.0)
+        error = np.where(wrong, math.inf, error)
+        # Where nothing is wrong the allowance may be undefined, as it follows from the reference; where
+        # something is, an infinite allowance forgives nothing.
+        ratio = np.where(allowance.allowed < math.inf, error / allowance.allowed, math.inf)
+        ratio = np.where(judged & (error != 0), ratio, 0.0)
+        ulps = np.array([ulp(v, form.precision, form.min_exponent) for v in right.high.tolist()])
+        counted = np.where(wrong | ~judged, 0.0, error)
+        max_ulp_error = float(np.where(counted > 0, counted / ulps, 0.0).max())
+    worst = int(np.argmax(np.where(np.isnan(ratio), math.inf, ratio)))
+    tight = None
+    if allowance.tight is not None:
+        with np.errstate(all="ignore"):
+            tight = float(np.where(judged & (error != 0), error / allowance.tight, 0.0).max())
+    return Measurement(
+        max_abs_error=float(counted.max()),
+        max_ulp_error=max_ulp_error,
+        bound_ratio=float(ratio[worst]) if not math.isnan(ratio[worst]) else math.inf,
+        tight_ratio=tight,
+        nonfinite=int(wrong.sum()),
+        worst=Worst((worst,), float(value[worst]), float(right.high[worst])),
+    )
+
+
+def measure_unchanged(got: Doubles, start: Doubles) -> Measurement:
+    """Running statistics that must be as they were, bit for bit; any NaN is as good as another."""
+    same = (got == start) & (np.signbit(got) == np.signbit(start))
+    moved = ~(same | (np.isnan(got) & np.isnan(start)))
+    worst = int(np.argmax(moved))
+    with np.errstate(invalid="ignore"):
+        error = np.where(moved & np.isfinite(got - start), np.abs(got - start), 0.0)
+    return Measurement(
+        max_abs_error=float(error.max()),
+        max_ulp_error=math.inf if moved.any() else 0.0,
+        bound_ratio=math.inf if moved.any() else 0.0,
+        nonfinite=int((moved & (np.isfinite(got) != np.isfinite(start))).sum()),
+        worst=Worst((worst,), float(got[worst]), float(start[worst])),
+    )

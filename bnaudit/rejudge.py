@@ -14,8 +14,8 @@ from dataclasses import fields
 from pydantic import BaseModel, ConfigDict
 
 from bnaudit.audit import Observed, conclude, control_outcome
-from bnaudit.deviation import Measurement, Worst
-from bnaudit.measure import Facts
+from bnaudit.measure import Measurement, Worst
+from bnaudit.reference import Facts
 from bnaudit.report import (
     FORMAT_FAULT,
     CaseRecord,

@@ -149,7 +149,7 @@ class CaseRecord(_Record):
     """A case with its parameters resolved, and what is known of its input.
 
     input_sha256, condition_number, ill_conditioned and extreme are null where the inputs were not made;
-    see `measure.Facts`. What follows is also null in reports that do not have it.
+    see `reference.Facts`. What follows is also null in reports that do not have it.
     """
 
     id: str
@@ -192,7 +192,7 @@ class WorstElement(_Record):
 class Quantity(_Record):
     """One returned quantity against the reference.
 
-    max_sigma_error: |error| / |weight|, of y only. From constant_misses on: see `deviation.Measurement`;
+    max_sigma_error: |error| / |weight|, of y only. From constant_misses on: see `measure.Measurement`;
     judged is null in reports that do not have them.
     """
 
@@ -219,7 +219,7 @@ class ResultRecord(_Record):
     """One case on one backend.
 
     detail: the traceback, or a dead worker's last words. declarations: what the backend says of its running
-    statistics, see `measure.Declarations`; null where it was not called.
+    statistics, see `reference.Declarations`; null where it was not called.
     """
 
     case: str

@@ -14,8 +14,8 @@ from typing import Any
 from bnaudit import __version__
 from bnaudit.audit import CaseFacts, Event, Result, Selected
 from bnaudit.consistency import Consistency, Disagreement
-from bnaudit.deviation import Worst
-from bnaudit.measure import Facts
+from bnaudit.measure import Worst
+from bnaudit.reference import Facts
 from bnaudit.report import Environment, Quantity, Report, ResultRecord
 from bnaudit.scenario import Case, Scenario
 from bnaudit.verdict import Judged

@@ -20,11 +20,11 @@ from typing import TypeAlias
 import numpy as np
 
 from bnaudit import __version__
+from bnaudit.certified import check_environment
 from bnaudit.defects import CORRECT, FAULTS, RESEMBLES
 from bnaudit.defects.layer import Layer
 from bnaudit.inputs import Array, make
-from bnaudit.measure import Declarations, Reference
-from bnaudit.reference import check_environment
+from bnaudit.reference import Declarations, Reference
 from bnaudit.scenario import Case, Scenario
 from bnaudit.subject import CASE_FIELDS
 from bnaudit.verdict import judge

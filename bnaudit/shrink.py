@@ -31,7 +31,7 @@ from bnaudit.distributions import (
 from bnaudit.environments import AnySubject
 from bnaudit.inputs import make
 from bnaudit.literals import INLINE
-from bnaudit.measure import Reference
+from bnaudit.reference import Reference
 from bnaudit.repro import Fault, fault_of
 from bnaudit.scenario import Affine, Case, Parameters, Running
 from bnaudit.verdict import judge

@@ -30,7 +30,7 @@ import numpy as np
 
 from bnaudit import worker as worker_package
 from bnaudit.inputs import Array, Inputs
-from bnaudit.measure import Declarations
+from bnaudit.reference import Declarations
 from bnaudit.scenario import Case
 from bnaudit.worker import plugin
 from bnaudit.worker.backends import BACKENDS

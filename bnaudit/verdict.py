@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TypeAlias
 
-from bnaudit.deviation import Measurement, Worst
-from bnaudit.measure import Facts
+from bnaudit.measure import Measurement, Worst
+from bnaudit.reference import Facts
 
 RUN_STATUSES = ("pass", "warn", "fail")
 """From best to worst, for results that were measured."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from bnaudit.audit import CaseFacts, ControlOutcome, Event, Result
 from bnaudit.consistency import Consistency, Disagreement
-from bnaudit.deviation import Worst
-from bnaudit.measure import Facts
+from bnaudit.measure import Worst
+from bnaudit.reference import Facts
 from bnaudit.report import Report, Writer
 from bnaudit.scenario import Case, Scenario, load
 from bnaudit.verdict import Judged

@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 from standins import facts, judged, report, result, scenarios, typical, wrong
 
 from bnaudit.audit import Event
-from bnaudit.deviation import Worst
+from bnaudit.measure import Worst
 from bnaudit.render.accuracy import COLUMNS, accuracy
 from bnaudit.scenario import load
 

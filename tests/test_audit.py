@@ -15,7 +15,7 @@ from correct import outputs
 from bnaudit import audit, inputs
 from bnaudit.audit import CaseFacts, ControlOutcome, Result, Selected, conclude, unmade
 from bnaudit.inputs import Inputs
-from bnaudit.measure import Declarations
+from bnaudit.reference import Declarations
 from bnaudit.scenario import Case, Scenario, load
 from bnaudit.subject import Reply
 

@@ -12,8 +12,8 @@ from correct import outputs, prepare
 
 from bnaudit import bounds
 from bnaudit.bounds import FORMATS
-from bnaudit.deviation import Measurement
-from bnaudit.measure import Declarations, Reference
+from bnaudit.measure import Measurement
+from bnaudit.reference import Declarations, Reference
 from bnaudit.verdict import Verdict, judge
 
 HARD = "input: {distribution: normal, mean: 1.0e+6}\nshape: [8, 2, 64, 64]\nbackward: true\n"

@@ -18,7 +18,7 @@ from bnaudit.audit import CaseFacts, ControlOutcome, Result
 from bnaudit.cli import main
 from bnaudit.compare import Change, Comparison, ComparisonError, compare, json_schema
 from bnaudit.consistency import Consistency
-from bnaudit.deviation import Worst
+from bnaudit.measure import Worst
 from bnaudit.render.comparison import FEW, comparison, markdown
 from bnaudit.report import Report, Writer
 

@@ -16,7 +16,7 @@ from correct import outputs, prepare
 from bnaudit.cli import run as cli
 from bnaudit.consistency import CHECKS, Bench, Call, Consistency, Disagreement, examine
 from bnaudit.inputs import Inputs
-from bnaudit.measure import Declarations, Reference
+from bnaudit.reference import Declarations, Reference
 from bnaudit.scenario import Case
 from bnaudit.subject import Reply, Subject, scratch_folder
 

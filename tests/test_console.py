@@ -24,7 +24,7 @@ from standins import (
 
 from bnaudit.audit import ControlOutcome, Event
 from bnaudit.consistency import Consistency, Disagreement
-from bnaudit.deviation import Worst
+from bnaudit.measure import Worst
 from bnaudit.render import words
 from bnaudit.render.console import Layout, closing, counts, heading, opening, rows, verdict
 from bnaudit.report import Environment, Report

@@ -25,7 +25,7 @@ from standins import OFFSET, facts, judged, report, result, scenarios, typical, 
 
 from bnaudit.audit import ControlOutcome
 from bnaudit.consistency import Consistency, Disagreement
-from bnaudit.deviation import Worst
+from bnaudit.measure import Worst
 from bnaudit.render.html import html
 from bnaudit.render.words import number
 

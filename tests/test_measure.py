@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from correct import Array, outputs, prepare
 
-from bnaudit import deviation, reference
+from bnaudit import certified, measure
 from bnaudit.bounds import FORMATS
-from bnaudit.deviation import Measurement
-from bnaudit.measure import Declarations, Reference
+from bnaudit.measure import Measurement
+from bnaudit.reference import Declarations, Reference
 from bnaudit.verdict import Verdict, judge
 from bnaudit.worker.rounding import round_to, widen
 
@@ -108,7 +108,7 @@ def test_nan_in_a_statistic_is_found(tmp_path: Path, name: str) -> None:
 
 
 def test_the_worst_element_of_a_long_half_precision_tensor_is_located(tmp_path: Path) -> None:
-    images = 3 * reference.SLAB // 4096
+    images = 3 * certified.SLAB // 4096
     text = f"input: {{distribution: normal}}\nshape: [{images}, 2, 64, 32]\ndtype: float16\n"
     y = right(tmp_path, text)["y"].copy()
     y[images - 2, 1, 63, 31] = 60000
@@ -572,12 +572,12 @@ running: {mean: 0, var: 70000}
 
 def test_a_ratio_that_is_not_a_number_is_never_forgotten() -> None:
     m = 4
-    tally = deviation._tally(1)
-    output = deviation._output(FORMATS["float32"])
+    tally = measure._tally(1)
+    output = measure._output(FORMATS["float32"])
     ones = np.ones(m)
     buffers = [np.empty(m), np.empty(m)]
     for got, allowed in ((5 * ones, ones * math.nan), (ones, ones)):
-        deviation._compare(
+        measure._compare(
             0, 0, m, got, ones, 0 * ones, allowed, allowed, ones, *buffers, output, tally
         )
     assert tally.ratio[0] == math.inf

@@ -20,7 +20,7 @@ from correct import prepare
 
 from bnaudit import subject as subject_module
 from bnaudit.inputs import Inputs
-from bnaudit.measure import Declarations, Reference
+from bnaudit.reference import Declarations, Reference
 from bnaudit.scenario import Case
 from bnaudit.subject import CASE_FIELDS, Subject, scratch_folder
 from bnaudit.verdict import Verdict, judge

@@ -32,7 +32,7 @@ from standins import (
 
 from bnaudit import report as report_module
 from bnaudit.consistency import Consistency, Disagreement
-from bnaudit.deviation import Worst
+from bnaudit.measure import Worst
 from bnaudit.report import ReportError, ResultRecord, Writer, json_schema, load, number_findings
 
 SCHEMA = Draft202012Validator(json_schema())

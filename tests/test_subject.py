@@ -19,7 +19,7 @@ from correct import prepare
 
 from bnaudit import subject as subject_module
 from bnaudit.inputs import Inputs
-from bnaudit.measure import Declarations
+from bnaudit.reference import Declarations
 from bnaudit.scenario import Case
 from bnaudit.subject import Reply, Subject, SubjectError, scratch_folder
 

@@ -51,9 +51,9 @@ def explained(verbose: bool = False) -> Iterator[None]:
         raise
     except Exception as error:
         from bnaudit.building import BuildError
+        from bnaudit.certified import EnvironmentFaultError
         from bnaudit.config import ConfigError
         from bnaudit.environments import EnvironmentSpecError
-        from bnaudit.reference import EnvironmentFaultError
         from bnaudit.report import ReportError
         from bnaudit.scenario import ScenarioError
         from bnaudit.selection import SelectionError

@@ -27,7 +27,7 @@ from rich.console import Console
 from bnaudit import baseline, compare, config, rejudge, repro
 from bnaudit.distributions import FileError
 from bnaudit.inputs import Inputs, make
-from bnaudit.measure import Reference
+from bnaudit.reference import Reference
 from bnaudit.render import accuracy, comparison, console, html, junit, markdown, sarif
 from bnaudit.report import GZIP, Environment, ReportError, ResultRecord, load
 from bnaudit.scenario import Case, ScenarioError, shipped

@@ -1,4 +1,4 @@
-"""The reference against exact rational arithmetic."""
+"""The certified sums and what follows from them, against exact rational arithmetic."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 from adversarial import CATEGORIES, Draw, channels, normal, stored
 from mpmath.libmp import to_rational
 
-from bnaudit import reference
+from bnaudit import certified
 from bnaudit.bounds import FORMATS
-from bnaudit.reference import (
+from bnaudit.certified import (
     OK,
     Moments,
     Normalization,
@@ -41,7 +41,7 @@ LENGTHS = (1, 2, 3, 7, 16, 17, 100, 1000)
 EPS = 1e-5
 
 
-def fractions(tensor: reference.Array, dtype: str, c: int) -> list[Fraction]:
+def fractions(tensor: certified.Array, dtype: str, c: int) -> list[Fraction]:
     return [Fraction(v) for v in widen(tensor[:, c], dtype).astype(np.float64).ravel().tolist()]
 
 
@@ -58,7 +58,7 @@ def square_root(square: Fraction, digits: int = 400) -> Fraction:
         )
 
 
-def affine(count: int) -> tuple[reference.Doubles, reference.Doubles]:
+def affine(count: int) -> tuple[certified.Doubles, certified.Doubles]:
     rng = np.random.default_rng(count)
     return (
         rng.uniform(-2, 2, count).astype(np.float32).astype(np.float64),
@@ -67,12 +67,12 @@ def affine(count: int) -> tuple[reference.Doubles, reference.Doubles]:
 
 
 def coefficients(
-    m: Moments, weight: reference.Doubles, bias: reference.Doubles, eps: float = EPS
+    m: Moments, weight: certified.Doubles, bias: certified.Doubles, eps: float = EPS
 ) -> Normalization:
     return normalization(m.mean, m.var, m.largest, m.size, eps, weight, bias, n=m.n, training=True)
 
 
-def check_batch(dtype: str, x: reference.Array, dy: reference.Array, elements: int = 6) -> int:
+def check_batch(dtype: str, x: certified.Array, dy: certified.Array, elements: int = 6) -> int:
     """Asserts sums, statistics, y and gradients of every channel; returns how many channels were checked."""
     count = x.shape[1]
     weight, bias = affine(count)
@@ -124,7 +124,7 @@ def check_batch(dtype: str, x: reference.Array, dy: reference.Array, elements: i
     return int(count)
 
 
-def check_pair(pair: reference.Pair, c: int, exact: Fraction) -> None:
+def check_pair(pair: certified.Pair, c: int, exact: Fraction) -> None:
     """high is the correctly rounded exact value, and high + low agrees to 2^-104."""
     high, low = float(pair.high[c]), float(pair.low[c])
     assert high == nearest(exact.numerator, exact.denominator)
@@ -133,7 +133,7 @@ def check_pair(pair: reference.Pair, c: int, exact: Fraction) -> None:
         assert error <= abs(exact) * Fraction(2) ** -104 + Fraction(5e-324)
 
 
-def check_root(pair: reference.Pair, c: int, square: Fraction, *, negative: bool = False) -> None:
+def check_root(pair: certified.Pair, c: int, square: Fraction, *, negative: bool = False) -> None:
     """As check_pair, for a root: decided by exact squares, since it may lie arbitrarily near a tie."""
     sign = -1 if negative else 1
     high, low = sign * float(pair.high[c]), sign * float(pair.low[c])
@@ -230,7 +230,7 @@ def test_a_planted_error_of_one_bit_is_noticed(
     x = channels(normal, "float32", 100, 4, seed=1)
     dy = channels(normal, "float32", 100, 4, seed=2)
     check_batch("float32", x, dy)
-    monkeypatch.setattr(reference, name, tamper(getattr(reference, name)))  # type: ignore[operator]
+    monkeypatch.setattr(certified, name, tamper(getattr(certified, name)))  # type: ignore[operator]
     with pytest.raises(AssertionError):
         check_batch("float32", x, dy)
 
@@ -292,12 +292,12 @@ def test_cumulative_average_weighs_all_batches_alike() -> None:
 def test_variance_plus_eps_of_zero_is_not_judged() -> None:
     batch = moments("float32", np.full((1, 1, 4), 3.0, np.float32))
     norm = coefficients(batch, np.ones(1), np.zeros(1), eps=0.0)
-    assert norm.state[0] == reference.UNJUDGED
+    assert norm.state[0] == certified.UNJUDGED
     assert coefficients(batch, np.ones(1), np.zeros(1)).state[0] == OK
 
 
 def test_the_floating_point_environment_is_checked() -> None:
-    reference.check_environment()
+    certified.check_environment()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="sets the processor's flags through glibc")
@@ -308,8 +308,8 @@ def test_a_changed_floating_point_environment_is_refused(flag: int, sentence: st
     # x86-64 glibc: fenv_t is 28 bytes of x87 state followed by MXCSR.
     program = f"""
 import ctypes, struct
-from bnaudit import reference
-reference.check_environment()
+from bnaudit import certified
+certified.check_environment()
 libc = ctypes.CDLL("libm.so.6")
 state = ctypes.create_string_buffer(32)
 libc.fegetenv(state)
@@ -317,8 +317,8 @@ mxcsr = struct.unpack_from("<I", state, 28)[0]
 struct.pack_into("<I", state, 28, mxcsr | {flag})
 libc.fesetenv(state)
 try:
-    reference.check_environment()
-except reference.EnvironmentFaultError as fault:
+    certified.check_environment()
+except certified.EnvironmentFaultError as fault:
     print(fault)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

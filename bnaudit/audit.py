@@ -17,13 +17,11 @@ from bnaudit.inputs import Inputs, make
 from bnaudit.measure import Measurement
 from bnaudit.reference import Facts, Reference
 from bnaudit.scenario import Case, Scenario
-from bnaudit.verdict import Judged, judge
+from bnaudit.verdict import DIED, RAN, Judged, judge
 from bnaudit.worker.rounding import storage
 
 TENSORS_HELD = 8
 """Tensors of the statistics dtype that a case may take: those in files, and what a plain backend holds."""
-
-RAN = ("pass", "warn", "fail", "crash", "timeout")
 
 
 @dataclass(frozen=True)
@@ -366,7 +364,7 @@ def conclude(
     gated = [r for r in results if r.gated]
     statuses = {r.status for r in gated if r.accepted is None}
     ran = any(r.status in RAN for r in gated)
-    died = statuses & {"crash", "timeout"} or any(check.died for check in checks)
+    died = statuses & {*DIED} or any(check.died for check in checks)
     inconsistent = any(check.ok is False for check in checks)
     if interrupted:
         return "interrupted", 130

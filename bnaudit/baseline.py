@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from bnaudit.document import load_as
 from bnaudit.report import (
+    DEVIATIONS,
     CaseRecord,
     Environment,
     FailOn,
@@ -26,15 +27,10 @@ from bnaudit.report import (
     ReportError,
     ResultRecord,
 )
-from bnaudit.verdict import CONSTANT_ABS_ERROR
+from bnaudit.verdict import CONSTANT_ABS_ERROR, DIED, FAILED, RAN
 
 FACTOR = 4.0
 """Growth of T from which on a deviation above its bound is worse than the one that was accepted."""
-
-RANKS = ("pass", "warn", "fail", "timeout", "crash")
-"""Statuses of results that ran, from best to worst."""
-
-DIED = ("crash", "timeout")
 
 HEADER = """\
 # Deviations that are known and accepted: bnaudit run --baseline FILE fails only where one is new or worse.
@@ -128,7 +124,7 @@ def accept(
             update = {"accepted": entry.reason} if refusal is None else {"waiver": refusal}
             judged.append(result.model_copy(update=update))
         else:
-            needless += entry is not None and result.status in RANKS
+            needless += entry is not None and result.status in RAN
             judged.append(result)
     notes = list(_caveats(baseline.environments, environments))
     if needless:
@@ -140,7 +136,7 @@ def accept(
 
 
 def _deviations(fail_on: FailOn) -> tuple[str, ...]:
-    return RANKS[1:] if fail_on == "warn" else RANKS[2:]
+    return DEVIATIONS if fail_on == "warn" else FAILED
 
 
 def _refusal(entry: Entry, result: ResultRecord, case: CaseRecord, today: date) -> str | None:
@@ -151,7 +147,7 @@ def _refusal(entry: Entry, result: ResultRecord, case: CaseRecord, today: date) 
         return "the baseline knows this case with another input"
     if result.status in DIED and result.status != entry.status:
         return f"the baseline knows a {entry.status}, this is a {result.status}"
-    if RANKS.index(result.status) > RANKS.index(entry.status):
+    if RAN.index(result.status) > RAN.index(entry.status):
         return f"worse than the baseline's {entry.status}"
     if result.status in ("warn", "fail") and not result.quantities and entry.quantities:
         return "the baseline knows deviations, and nothing was returned that could be judged"
@@ -164,7 +160,7 @@ def _refusal(entry: Entry, result: ResultRecord, case: CaseRecord, today: date) 
 
 
 def _worse(name: str, quantity: Quantity, known: Known | None) -> str | None:
-    if known is None or RANKS.index(quantity.status) > RANKS.index(known.status):
+    if known is None or RAN.index(quantity.status) > RAN.index(known.status):
         status = "pass" if known is None else known.status
         return f"{name} is worse than the baseline's {status}"
     if _has_grown(quantity.bound_ratio, known.bound_ratio, above=1):
@@ -214,7 +210,7 @@ def _made(report: Report, earlier: Baseline | None, today: date, fail_on: FailOn
     for result in report.results:
         case = cases[result.case]
         place = (result.backend, case.key)
-        if result.status in RANKS:
+        if result.status in RAN:
             ran.add(place)
         if result.gated and result.status in deviations:
             before = known.get(place)

@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict
 from bnaudit import __version__
 from bnaudit.rejudge import is_complete, rejudged
 from bnaudit.report import (
-    RAN,
     CaseRecord,
     Environment,
     ForeignText,
@@ -28,15 +27,12 @@ from bnaudit.report import (
     ResultRecord,
     Status,
 )
-from bnaudit.verdict import NOT_REPEATABLE
+from bnaudit.verdict import NOT_REPEATABLE, RAN
 
 SCHEMA_VERSION = 1
 
 FACTOR = 4.0
 """Growth of T from which on a deviation that matters is a regression, unless said otherwise."""
-
-RANKS = ("pass", "warn", "fail", "timeout", "crash")
-"""Statuses of results that ran, from best to worst."""
 
 SOUND = ("pass", "warn")
 
@@ -492,7 +488,7 @@ def _kind_of_statuses(old: str, new: str) -> tuple[Kind | None, bool]:
     """The same of results without numbers: they died, or broke the contract."""
     if old == new:
         return None, False
-    if RANKS.index(new) > RANKS.index(old):
+    if RAN.index(new) > RAN.index(old):
         return ("newly failing" if old in SOUND else "regressed"), True
     return ("newly passing" if new in SOUND else "improved"), False
 
@@ -513,7 +509,7 @@ def _is_worse(old: Quantity, new: Quantity, factor: float) -> bool:
     """Whether a quantity's new numbers are a regression from its old ones."""
     if not new.nonfinite and new.floor is not None and _size(new.max_abs_error) <= new.floor:
         return False
-    if RANKS.index(new.status) > RANKS.index(old.status):
+    if RAN.index(new.status) > RAN.index(old.status):
         # Otherwise only the scenario's thresholds became stricter.
         return any(after > before for before, after in zip(_errors(old), _errors(new), strict=True))
     matters = new.bound_ratio if new.tight_ratio is None else new.tight_ratio

@@ -28,6 +28,7 @@ from bnaudit.measure import Measurement
 from bnaudit.reference import Reference
 from bnaudit.scenario import Case
 from bnaudit.subject import Reply
+from bnaudit.verdict import DIED
 from bnaudit.worker.execution import IN_FULL, difference
 from bnaudit.worker.rounding import round_to
 
@@ -124,7 +125,7 @@ def _made(bench: Bench, backend: str, check: str, make: Check, first: Call) -> C
         reason = f"{end} the call ended: {reply.outcome}: {reply.reason}"
         if reply.outcome == "unsupported":
             return outcome(None, reason)
-        return outcome(False, reason, reply.outcome in ("crash", "timeout"), reply.detail)
+        return outcome(False, reason, reply.outcome in DIED, reply.detail)
     return outcome(reason is None, reason)
 
 

@@ -33,7 +33,7 @@ from pydantic import (
 from pydantic_core import from_json
 
 from bnaudit import __version__
-from bnaudit.verdict import CAUSES
+from bnaudit.verdict import CAUSES, FAILED, RAN
 
 if TYPE_CHECKING:
     from bnaudit.audit import CaseFacts, ControlOutcome, Result
@@ -44,11 +44,8 @@ SCHEMA_VERSION = 1
 
 FORMAT_FAULT = f"BN007 {CAUSES['BN007']}"
 
-DEVIATIONS = ("warn", "fail", "crash", "timeout")
+DEVIATIONS = RAN[1:]
 """Statuses of results that can be findings."""
-
-RAN = ("pass", "warn", "fail", "crash", "timeout")
-"""Statuses of results whose backend was called; the others say why it was not."""
 
 CHEAP = 1 << 22
 """Bytes of a report up to which a save follows every result. A save of as many takes some milliseconds."""
@@ -394,7 +391,7 @@ def number_findings(
     clusters: dict[tuple[object, ...], list[int]] = {}
     for position, result in enumerate(results):
         strict = fail_on == "warn" and result.gated and result.status == "warn"
-        if result.status in ("fail", "crash", "timeout") or result.cause is not None or strict:
+        if result.status in FAILED or result.cause is not None or strict:
             case = cases[result.case]
             cluster = (
                 2 if not result.gated else 0 if result.accepted is None else 1,

@@ -22,7 +22,7 @@ from bnaudit.inputs import Inputs
 from bnaudit.literals import Source, helpers, written
 from bnaudit.report import CaseRecord, Report, ResultRecord
 from bnaudit.scenario import Case, Parameters
-from bnaudit.verdict import DEFAULT_THRESHOLDS, Thresholds
+from bnaudit.verdict import DEFAULT_THRESHOLDS, DIED, Thresholds
 from bnaudit.worker.rounding import widen
 
 WIDTH = 100
@@ -183,7 +183,7 @@ def fault_of(
 
     wanted: the only quantity that counts. weight: that of the channels, as float64.
     """
-    if status in ("crash", "timeout"):
+    if status in DIED:
         return Fault(status)
     failed = [n for n in QUANTITIES if n in quantities and quantities[n].status == "fail"]
     if wanted is not None:

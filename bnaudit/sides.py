@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import get_args
 
 from bnaudit.audit import conclude
 from bnaudit.environments import CURRENT
-from bnaudit.report import RAN, Report, ResultRecord, Status, Summary, number_findings
+from bnaudit.report import Report, Summary, counted, numbered
 
 
 def side(report: Report, environment: str, command: str) -> Report:
@@ -20,17 +18,12 @@ def side(report: Report, environment: str, command: str) -> Report:
     backends. Controls are kept: they tell whether the audit can be trusted.
     """
     prefix = f"{environment}:"
-    own = [
+    results = [
         result.model_copy(
             update={"backend": result.backend.removeprefix(prefix), "environment": CURRENT}
         )
         for result in report.results
         if result.environment == environment
-    ]
-    numbers = number_findings(own, {case.id: case for case in report.cases})
-    results = [
-        result.model_copy(update={"finding": number})
-        for result, number in zip(own, numbers, strict=True)
     ]
     missing = {
         name.removeprefix(prefix): why
@@ -40,6 +33,7 @@ def side(report: Report, environment: str, command: str) -> Report:
     verdict, code = conclude(results, controls_ok=True, missing=missing)
     if report.verdict in ("interrupted", "untrusted"):
         verdict, code = report.verdict, report.exit_code
+    counts = counted(len(report.cases), Counter(result.status for result in results))
     return report.model_copy(
         update={
             "command": command,
@@ -48,24 +42,12 @@ def side(report: Report, environment: str, command: str) -> Report:
                 for place in report.environments
                 if place.name == environment
             ],
-            "results": results,
+            "results": numbered(results, {case.id: case for case in report.cases}, "fail"),
             "disagreements": [],
             "consistency": [],
             "missing": missing,
-            "summary": _summary(len(report.cases), results),
+            "summary": Summary.model_validate(counts),
             "verdict": verdict,
             "exit_code": code,
-        }
-    )
-
-
-def _summary(cases: int, results: Sequence[ResultRecord]) -> Summary:
-    counts = Counter(result.status for result in results)
-    return Summary.model_validate(
-        {
-            "cases": cases,
-            "results": len(results),
-            "ran": sum(counts[status] for status in get_args(Status) if status in RAN),
-            **{name: counts[name] for name in get_args(Status)},
         }
     )

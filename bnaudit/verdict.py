@@ -13,6 +13,14 @@ from bnaudit.reference import Facts
 RUN_STATUSES = ("pass", "warn", "fail")
 """From best to worst, for results that were measured."""
 
+DIED = ("timeout", "crash")
+"""Statuses of results whose backend took too long, or died or raised where it should not."""
+
+FAILED = ("fail", *DIED)
+
+RAN = (*RUN_STATUSES, *DIED)
+"""Statuses of results whose backend was called, from best to worst; the others say why it was not."""
+
 NOT_REPEATABLE = "not repeatable: "
 """Begins what the reason says of a second call that gave other bits."""
 

@@ -16,6 +16,7 @@ from rich.text import Text
 from bnaudit.compare import KINDS, Change, Comparison, Kind, QuantityChange, Side
 from bnaudit.render.words import Hanging, label, markdown_text, number
 from bnaudit.report import CaseRecord, Quantity
+from bnaudit.verdict import FAILED
 
 FEW = 10
 """Rows of each kind, and names of cases and backends, where all of them would hide the rest."""
@@ -189,9 +190,7 @@ def _details(change: Change) -> Iterator[str]:
 
 
 def _statuses(old: str, new: str, gated: bool) -> str:
-    return _arrow(
-        *(s.upper() if gated and s in ("fail", "crash", "timeout") else s for s in (old, new))
-    )
+    return _arrow(*(s.upper() if gated and s in FAILED else s for s in (old, new)))
 
 
 def _off_by(quantity: QuantityChange) -> str:

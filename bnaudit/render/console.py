@@ -21,7 +21,6 @@ from rich.text import Text
 from bnaudit import __version__
 from bnaudit.render.consistency import consistency
 from bnaudit.render.findings import (
-    SEVERITY,
     Finding,
     Neighbours,
     bound,
@@ -34,7 +33,8 @@ from bnaudit.render.findings import (
     worst_result,
 )
 from bnaudit.render.words import Hanging, brief, label, number
-from bnaudit.report import RAN, CaseRecord, Environment, Report, ResultRecord
+from bnaudit.report import CaseRecord, Environment, Report, ResultRecord
+from bnaudit.verdict import DIED, FAILED, RAN
 
 if TYPE_CHECKING:
     from bnaudit.doctor import Entry
@@ -187,7 +187,7 @@ def hidden_scenarios(report: Report) -> Text | None:
     worst: dict[str, int] = {}
     scenarios = {case.id: case.scenario for case in report.cases}
     for result in report.results:
-        severity = SEVERITY.index(result.status) if result.status in RAN else -1
+        severity = RAN.index(result.status) if result.status in RAN else -1
         name = scenarios[result.case]
         worst[name] = max(worst.get(name, -1), severity)
     passing = sum(severity == 0 for severity in worst.values())
@@ -392,7 +392,7 @@ def examination(entries: Iterable[Entry]) -> RenderableType:
 
 
 def _row(layout: Layout, group: Sequence[ResultRecord], cases: Mapping[str, CaseRecord]) -> Text:
-    new = [r for r in group if r.accepted is None and r.status in SEVERITY[2:]]
+    new = [r for r in group if r.accepted is None and r.status in FAILED]
     worst = worst_result(new or group)
     case = cases[worst.case]
     ran = sum(r.status in RAN for r in group)
@@ -599,7 +599,7 @@ def _absences(results: Sequence[ResultRecord]) -> str:
 
 def _incomplete(report: Report) -> str:
     gated = [r for r in report.results if r.gated and r.accepted is None]
-    died = Counter(r.backend for r in gated if r.status in ("crash", "timeout"))
+    died = Counter(r.backend for r in gated if r.status in DIED)
     died.update(record.backend for record in report.consistency if record.died)
     if died:
         return ", ".join(f"{name} died in {count(n, 'case')}" for name, n in died.items())

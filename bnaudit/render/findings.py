@@ -10,11 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from bnaudit.render.words import axes, number
-from bnaudit.report import RAN, CaseRecord, Quantity, Report, ResultRecord
-from bnaudit.verdict import NOT_REPEATABLE
-
-SEVERITY = ("pass", "warn", "fail", "timeout", "crash")
-"""Statuses of results that ran, from best to worst."""
+from bnaudit.report import DEVIATIONS, CaseRecord, Quantity, Report, ResultRecord
+from bnaudit.verdict import FAILED, NOT_REPEATABLE, RAN
 
 VERBS = {"pass": ("passes", "pass"), "warn": ("only warns", "only warn")}
 """What a better sibling of a failing case does: one, several."""
@@ -55,7 +52,7 @@ def clusters(report: Report) -> list[Finding]:
 
 def fails(report: Report, result: ResultRecord) -> bool:
     """Whether the result is one of those for which the report is red."""
-    bad = ("fail", "crash", "timeout", *(["warn"] if report.fail_on == "warn" else []))
+    bad = DEVIATIONS if report.fail_on == "warn" else FAILED
     return result.gated and result.accepted is None and result.status in bad
 
 
@@ -149,10 +146,10 @@ def worst_result(results: Iterable[ResultRecord]) -> ResultRecord:
     def severity(result: ResultRecord) -> tuple[float, ...]:
         name, quantity = worst_quantity(result)
         if quantity is None:
-            return (SEVERITY.index(result.status), 0, 0, 0)
+            return (RAN.index(result.status), 0, 0, 0)
         sigma = math.inf if quantity.nonfinite else quantity.max_sigma_error
         return (
-            SEVERITY.index(result.status),
+            RAN.index(result.status),
             name == "y",
             _comparable(sigma),
             _comparable(quantity.bound_ratio),
@@ -168,7 +165,7 @@ def worst_quantity(result: ResultRecord) -> tuple[str, Quantity | None]:
     return max(
         result.quantities.items(),
         key=lambda item: (
-            SEVERITY.index(item[1].status),
+            RAN.index(item[1].status),
             item[0] == "y",
             _comparable(item[1].bound_ratio),
         ),

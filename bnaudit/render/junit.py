@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from bnaudit.render.findings import SEVERITY, Neighbours, evidence, fails
-from bnaudit.report import RAN, CaseRecord, Environment, Report, ResultRecord
+from bnaudit.render.findings import Neighbours, evidence, fails
+from bnaudit.report import CaseRecord, Environment, Report, ResultRecord
+from bnaudit.verdict import DIED, FAILED, RAN
 
 AUDIT = "audit"
 """The suite of what the audit says of itself."""
@@ -74,12 +75,12 @@ def _test(report: Report, result: ResultRecord, case: CaseRecord, neighbours: Ne
         lines += [line for line in (result.cause, result.waiver, result.detail) if line]
         lines += [*neighbours.comparisons(result), f"{case.file}:{case.line}"]
         return test._replace(
-            kind="error" if result.status in ("crash", "timeout") else "failure",
+            kind="error" if result.status in DIED else "failure",
             type=result.cause or result.status,
             message=lines[0],
             text="\n".join(lines),
         )
-    if result.status in SEVERITY[2:]:  # of a specimen
+    if result.status in FAILED:  # of a specimen
         return test._replace(kind="skipped", message=f"not gated: {result.status}: {reason}")
     return test._replace(remark=reason if result.status == "warn" else "")
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 
 from bnaudit.render.console import counts, verdict
 from bnaudit.render.findings import (
-    SEVERITY,
     Finding,
     Neighbours,
     bound,
@@ -24,7 +23,8 @@ from bnaudit.render.findings import (
     worst_quantity,
 )
 from bnaudit.render.words import label, markdown_text
-from bnaudit.report import RAN, Report, ResultRecord
+from bnaudit.report import Report, ResultRecord
+from bnaudit.verdict import RAN
 
 ANNOTATIONS = 10
 """What GitHub shows of one step's annotations of a kind."""
@@ -197,7 +197,7 @@ def _by_backend(results: Sequence[ResultRecord]) -> str:
     for result in results:
         name = result.backend if result.gated else f"({result.backend})"
         tally.setdefault(name, Counter())[result.status] += 1
-    statuses = (*SEVERITY, "unsupported", "unavailable")
+    statuses = (*RAN, "unsupported", "unavailable")
     rows = [(name, *(str(n[status] or "") for status in statuses)) for name, n in tally.items()]
     return _rows(("backend", *statuses), rows)
 

@@ -27,7 +27,7 @@ from bnaudit.render.findings import (
 )
 from bnaudit.render.words import label
 from bnaudit.report import ConsistencyRecord, Report
-from bnaudit.verdict import CAUSES
+from bnaudit.verdict import CAUSES, DIED
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 
@@ -40,7 +40,7 @@ class Rule(NamedTuple):
     help: str
 
 
-UNEXPLAINED, DIED, CONTRACT, DEPENDS = "BN000", "BN009", "BN010", "BN011"
+UNEXPLAINED, DEATH, CONTRACT, DEPENDS = "BN000", "BN009", "BN010", "BN011"
 
 RULES = {
     UNEXPLAINED: Rule(
@@ -99,7 +99,7 @@ RULES = {
         "The same tensors gave other bits in a second call or with another number of threads: a race, "
         "atomic additions, memory that was not written, or a split of sums that follows the threads.",
     ),
-    DIED: Rule(
+    DEATH: Rule(
         "Died",
         "crash or timeout",
         "The backend raised, died or took too long on a valid input. The message has its last words.",
@@ -209,8 +209,8 @@ def _result(report: Report, finding: Finding, neighbours: Neighbours) -> dict[st
 
 def _rule_of(finding: Finding) -> str:
     worst = finding.worst
-    if worst.status in ("crash", "timeout"):
-        return DIED
+    if worst.status in DIED:
+        return DEATH
     if worst.cause is not None and worst.cause[:5] in RULES:
         return worst.cause[:5]
     return CONTRACT if (worst.reason or "").startswith("contract: ") else UNEXPLAINED
@@ -236,7 +236,7 @@ def _inconsistent(report: Report, record: ConsistencyRecord) -> dict[str, Any]:
         record.reason or "no reason given",
     ]
     identity = (case.scenario, record.backend, record.check)
-    return _located(DIED if record.died else rule, "error", lines, where, identity)
+    return _located(DEATH if record.died else rule, "error", lines, where, identity)
 
 
 def _located(

@@ -18,7 +18,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from bnaudit.document import load_as
 from bnaudit.report import (
-    DEVIATIONS,
     CaseRecord,
     Environment,
     FailOn,
@@ -27,7 +26,7 @@ from bnaudit.report import (
     ReportError,
     ResultRecord,
 )
-from bnaudit.verdict import CONSTANT_ABS_ERROR, DIED, FAILED, RAN
+from bnaudit.verdict import CONSTANT_ABS_ERROR, DEVIATIONS, DIED, FAILED, RAN
 
 FACTOR = 4.0
 """Growth of T from which on a deviation above its bound is worse than the one that was accepted."""

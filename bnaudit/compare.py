@@ -7,7 +7,6 @@ quantity is its largest errors and its worst element: where all of these are equ
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict
 
 from bnaudit import __version__
+from bnaudit.findings import comparable
 from bnaudit.rejudge import is_complete, rejudged
 from bnaudit.report import (
     CaseRecord,
@@ -507,31 +507,24 @@ def _quantity_change(name: str, old: Quantity, new: Quantity, factor: float) -> 
 
 def _is_worse(old: Quantity, new: Quantity, factor: float) -> bool:
     """Whether a quantity's new numbers are a regression from its old ones."""
-    if not new.nonfinite and new.floor is not None and _size(new.max_abs_error) <= new.floor:
+    if not new.nonfinite and new.floor is not None and comparable(new.max_abs_error) <= new.floor:
         return False
     if RAN.index(new.status) > RAN.index(old.status):
         # Otherwise only the scenario's thresholds became stricter.
         return any(after > before for before, after in zip(_errors(old), _errors(new), strict=True))
     matters = new.bound_ratio if new.tight_ratio is None else new.tight_ratio
-    before, after = _size(old.bound_ratio), _size(new.bound_ratio)
-    return after > before and after >= factor * before and _size(matters) > 1
+    before, after = comparable(old.bound_ratio), comparable(new.bound_ratio)
+    return after > before and after >= factor * before and comparable(matters) > 1
 
 
 def _errors(quantity: Quantity) -> tuple[float, ...]:
     return (
         quantity.nonfinite,
-        _size(quantity.bound_ratio),
-        _size(quantity.tight_ratio),
-        _size(quantity.max_abs_error),
-        _size(quantity.max_ulp_error),
+        comparable(quantity.bound_ratio),
+        comparable(quantity.tight_ratio),
+        comparable(quantity.max_abs_error),
+        comparable(quantity.max_ulp_error),
     )
-
-
-def _size(value: float | None) -> float:
-    """For comparisons: what does not apply is 0, NaN is the largest."""
-    if value is None:
-        return 0.0
-    return math.inf if math.isnan(value) else value
 
 
 def _numbers(quantity: Quantity) -> str:
@@ -572,12 +565,12 @@ def _right_value_moved(quantity: QuantityChange) -> bool:
 
 
 def _severity(change: Change) -> tuple[bool, int, float]:
-    worst = max((_size(q.new.bound_ratio) for q in change.quantities), default=0.0)
+    worst = max((comparable(q.new.bound_ratio) for q in change.quantities), default=0.0)
     return not change.gated, KINDS.index(change.kind), -worst
 
 
 def _quantity_severity(quantity: QuantityChange) -> tuple[int, bool, float]:
-    return KINDS.index(quantity.kind), quantity.name != "y", -_size(quantity.new.bound_ratio)
+    return KINDS.index(quantity.kind), quantity.name != "y", -comparable(quantity.new.bound_ratio)
 
 
 # --- checks and controls ---------------------------------------------------------------------------

@@ -104,11 +104,12 @@ class Finding:
     bits: int | None
     reason: str | None
 
-    def to_json(self, threads: int, environment: dict[str, Any]) -> bytes:
+    def to_json(self, threads: int, environment: dict[str, Any]) -> str:
         """The finding, and what it was made on, as a line of JSON; trees are nested lists."""
         head = {"schema_version": SCHEMA_VERSION, "bnaudit_version": __version__}
         own = {**vars(self), "setting": vars(self.setting)}
-        return json.dumps({**head, **own, "threads": threads, "environment": environment}).encode()
+        found = {**head, **own, "threads": threads, "environment": environment}
+        return json.dumps(found) + "\n"
 
 
 def probe(backend: str, setting: Setting, subject: Subject, scratch: Path) -> Finding:

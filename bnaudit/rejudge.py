@@ -6,18 +6,15 @@ and the counts where these decide, and are its own otherwise.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 
 from pydantic import BaseModel, ConfigDict
 
 from bnaudit.audit import Observed, conclude, control_outcome
-from bnaudit.measure import Measurement, Worst
-from bnaudit.reference import Facts
+from bnaudit.findings import FORMAT_FAULT, numbered
+from bnaudit.measure import Measurement
 from bnaudit.report import (
-    FORMAT_FAULT,
     CaseRecord,
     ControlRecord,
     FailOn,
@@ -26,8 +23,8 @@ from bnaudit.report import (
     ResultRecord,
     Status,
     counted,
-    numbered,
     quantity_record,
+    restored,
 )
 from bnaudit.scenario import Thresholds as Limits
 from bnaudit.verdict import NOT_REPEATABLE, RUN_STATUSES, Thresholds, judge
@@ -139,13 +136,8 @@ def rejudged(
         return _by_numbers(result)
     verdict = judge(
         case.thresholds if thresholds is None else thresholds,
-        {name: _measurement(quantity) for name, quantity in result.quantities.items()},
-        Facts(
-            case.mode,
-            math.nan if case.condition_number is None else case.condition_number,
-            bool(case.ill_conditioned),
-            bool(case.extreme),
-        ),
+        {name: restored(quantity, Measurement) for name, quantity in result.quantities.items()},
+        case.facts(),
         _not_repeatable(result),
     )
     quantities = {name: quantity_record(judged) for name, judged in verdict.quantities.items()}
@@ -160,17 +152,8 @@ def rejudged(
     )
 
 
-def _measurement(quantity: Quantity) -> Measurement:
-    """What the quantity's record was made of."""
-    known = {f.name: getattr(quantity, f.name) for f in fields(Measurement)}
-    worst = quantity.worst
-    if worst is not None:
-        known["worst"] = Worst(tuple(worst.index), worst.value, worst.reference)
-    return Measurement(**known)
-
-
 def _cause_of_format(result: ResultRecord, status: str) -> str | None:
-    """BN007 follows from other results, see `report.name_format_faults`, and cannot be seen in one."""
+    """BN007 follows from other results, see `findings.name_format_faults`, and cannot be seen in one."""
     return FORMAT_FAULT if status == "fail" and result.cause == FORMAT_FAULT else None
 
 

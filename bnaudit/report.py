@@ -1,25 +1,18 @@
-"""The JSON report, version 1: what was run, what came of it, and the verdict, complete at any moment.
+"""The JSON report, version 1: what was run, what came of it, and the verdict.
 
-`Writer` keeps the file valid while the audit runs, `load` reads one back, `json_schema` describes it.
+`writer.Writer` makes one while the audit runs, `load` reads one back, `json_schema` describes it.
 JSON has no NaN and no infinity: such numbers are the strings "nan", "inf" and "-inf".
 """
 
 from __future__ import annotations
 
-import glob
 import gzip
-import json
 import math
-import os
-import shlex
-import threading
-import time
 import zlib
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -32,35 +25,14 @@ from pydantic import (
 )
 from pydantic_core import from_json
 
-from bnaudit import __version__
-from bnaudit.verdict import CAUSES, FAILED, RAN
-
-if TYPE_CHECKING:
-    from bnaudit.audit import CaseFacts, ControlOutcome, Result
-    from bnaudit.consistency import Consistency, Disagreement
-    from bnaudit.verdict import Judged
+from bnaudit.measure import Measurement, Worst
+from bnaudit.reference import Facts
+from bnaudit.verdict import DEVIATIONS, RAN, Judged
 
 SCHEMA_VERSION = 1
 
-FORMAT_FAULT = f"BN007 {CAUSES['BN007']}"
-
-DEVIATIONS = RAN[1:]
-"""Statuses of results that can be findings."""
-
-CHEAP = 1 << 22
-"""Bytes of a report up to which a save follows every result. A save of as many takes some milliseconds."""
-
 GZIP = b"\x1f\x8b"
 """What a file that gzip compressed begins with."""
-
-SECTIONS = ("environments", "cases", "results", "controls", "disagreements", "consistency")
-"""Fields of a report that are lists of records."""
-
-DISTRIBUTIONS = ("input", "affine", "running", "grad_output")
-"""Fields of a case that are distributions, or hold some."""
-
-PACE = 20
-"""Pause between saves of a larger one, in durations of a save: they take a twentieth of the time."""
 
 Status = Literal["pass", "warn", "fail", "crash", "timeout", "unsupported", "unavailable"]
 RunStatus = Literal["pass", "warn", "fail"]
@@ -79,11 +51,13 @@ def _parse_number(value: object) -> object:
     return value
 
 
-def _plain_number(value: float) -> float | str:
+def plain_number(value: float) -> float | str:
+    """A number as JSON has it: as text where it is not finite."""
     return value if math.isfinite(value) else repr(value)
 
 
-def _encodable(value: object) -> object:
+def encodable(value: object) -> object:
+    """Text that is valid Unicode; anything else as it is."""
     # Paths and a backend's stderr may hold bytes that are not UTF-8, which Python keeps as surrogates.
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
@@ -91,13 +65,15 @@ def _encodable(value: object) -> object:
 Number = Annotated[
     float,
     BeforeValidator(_parse_number),
-    PlainSerializer(_plain_number),
+    PlainSerializer(plain_number),
     WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["nan", "inf", "-inf"]}]}),
 ]
-ForeignText = Annotated[str, BeforeValidator(_encodable)]
+ForeignText = Annotated[str, BeforeValidator(encodable)]
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """A part of a report."""
+
     model_config = ConfigDict(frozen=True, populate_by_name=True)
 
     def to_json(self) -> bytes:
@@ -105,14 +81,14 @@ class _Record(BaseModel):
         return self.model_dump_json(by_alias=True).encode()
 
 
-class Cpu(_Record):
+class Cpu(Record):
     """The processor: its model name, and the widest instruction sets that matter to a BatchNorm."""
 
     model: ForeignText | None = None
     isa: str | None = None
 
 
-class Device(_Record):
+class Device(Record):
     """One accelerator and its software."""
 
     name: ForeignText
@@ -121,7 +97,7 @@ class Device(_Record):
     cudnn: str | None = None
 
 
-class Environment(_Record):
+class Environment(Record):
     """Where backends ran: an interpreter, its packages, and the machine. More keys may follow."""
 
     model_config = ConfigDict(extra="allow")
@@ -142,7 +118,7 @@ class Environment(_Record):
         return ", ".join([f"Python {self.python}", *there])
 
 
-class CaseRecord(_Record):
+class CaseRecord(Record):
     """A case with its parameters resolved, and what is known of its input.
 
     input_sha256, condition_number, ill_conditioned and extreme are null where the inputs were not made;
@@ -175,8 +151,13 @@ class CaseRecord(_Record):
     param_dtype: Literal["statistics", "same"] | None = None
     thresholds: dict[str, dict[str, Number | None]] = {}
 
+    def facts(self) -> Facts:
+        """What a verdict takes into account beside the measurements."""
+        condition = math.nan if self.condition_number is None else self.condition_number
+        return Facts(self.mode, condition, bool(self.ill_conditioned), bool(self.extreme))
 
-class WorstElement(_Record):
+
+class WorstElement(Record):
     """The element with the largest bound_ratio; *_hex are Python's `float.hex()`."""
 
     index: list[int]
@@ -186,7 +167,7 @@ class WorstElement(_Record):
     reference_hex: str
 
 
-class Quantity(_Record):
+class Quantity(Record):
     """One returned quantity against the reference.
 
     max_sigma_error: |error| / |weight|, of y only. From constant_misses on: see `measure.Measurement`;
@@ -212,7 +193,7 @@ class Quantity(_Record):
     rounded: bool | None = None
 
 
-class ResultRecord(_Record):
+class ResultRecord(Record):
     """One case on one backend.
 
     detail: the traceback, or a dead worker's last words. declarations: what the backend says of its running
@@ -237,7 +218,7 @@ class ResultRecord(_Record):
     quantities: dict[str, Quantity]
 
 
-class ControlRecord(_Record):
+class ControlRecord(Record):
     """Whether a backend did in a scenario what it is known to do there."""
 
     scenario: str
@@ -247,7 +228,7 @@ class ControlRecord(_Record):
     ok: bool
 
 
-class DisagreementRecord(_Record):
+class DisagreementRecord(Record):
     """The two gated backends that differ most on a case.
 
     ratio: in units of twice the tight bound, which two good implementations do not exceed.
@@ -260,7 +241,7 @@ class DisagreementRecord(_Record):
     ratio: Number
 
 
-class ConsistencyRecord(_Record):
+class ConsistencyRecord(Record):
     """One check of what a result must not depend on.
 
     ok: null where it could not be made. reason: what was seen where it does not hold. died: the backend
@@ -276,14 +257,14 @@ class ConsistencyRecord(_Record):
     detail: ForeignText | None
 
 
-class SourcePlace(_Record):
+class SourcePlace(Record):
     """Where a plug-in stands; file: relative to the working directory where it is below it."""
 
     file: ForeignText
     line: int
 
 
-class Summary(_Record):
+class Summary(Record):
     """Counts over all results. ran: those whose backend was called."""
 
     cases: int
@@ -327,6 +308,10 @@ class Report(BaseModel):
     summary: Summary
     verdict: Verdict
     exit_code: Literal[0, 1, 3, 4, 5, 130]
+
+    def to_json(self) -> str:
+        """The report as it is saved."""
+        return f"{self.model_dump_json(by_alias=True)}\n"
 
 
 def json_schema() -> dict[str, Any]:
@@ -379,308 +364,6 @@ def _dangling(report: Report) -> Iterator[str]:
             yield f"results.{position}.finding: what is {result.status} is no finding"
 
 
-def number_findings(
-    results: Sequence[ResultRecord], cases: Mapping[str, CaseRecord], fail_on: FailOn = "fail"
-) -> list[int | None]:
-    """The finding of each result, from 1; None for those that passed, or warn without a cause.
-
-    fail_on: with "warn", every gated warning is one.
-    Results of one scenario, backend, memory format, status and cause are one finding, accepted ones
-    another. Gated findings come first, then accepted ones, each kind in the order in which the results came.
-    """
-    clusters: dict[tuple[object, ...], list[int]] = {}
-    for position, result in enumerate(results):
-        strict = fail_on == "warn" and result.gated and result.status == "warn"
-        if result.status in FAILED or result.cause is not None or strict:
-            case = cases[result.case]
-            cluster = (
-                2 if not result.gated else 0 if result.accepted is None else 1,
-                result.accepted,
-                case.scenario,
-                result.backend,
-                result.environment,
-                case.memory_format,
-                result.status,
-                result.cause,
-            )
-            clusters.setdefault(cluster, []).append(position)
-    numbers: list[int | None] = [None] * len(results)
-    gated_first = sorted(clusters, key=lambda cluster: int(str(cluster[0])))
-    for number, members in enumerate(gated_first, 1):
-        for position in clusters[members]:
-            numbers[position] = number
-    return numbers
-
-
-def numbered(
-    results: Sequence[ResultRecord], cases: Mapping[str, CaseRecord], fail_on: FailOn
-) -> list[ResultRecord]:
-    """The results with what only all of them together tell: faults of the memory format, and findings."""
-    named = name_format_faults(results, cases)
-    numbers = number_findings(named, cases, fail_on)
-    return [
-        result.model_copy(update={"finding": number})
-        for result, number in zip(named, numbers, strict=True)
-    ]
-
-
-def name_format_faults(
-    results: Sequence[ResultRecord], cases: Mapping[str, CaseRecord]
-) -> list[ResultRecord]:
-    """The results, with BN007 as the cause where it is the memory format.
-
-    That is where nothing else explains why y fails the bounds, and the same values in the contiguous format
-    pass or only warn.
-    """
-    twins = {case.id: _without_format(case) for case in cases.values()}
-    sound = {
-        (twins[result.case], result.backend, result.environment)
-        for result in results
-        if result.status in ("pass", "warn") and cases[result.case].memory_format == "contiguous"
-    }
-    named = []
-    for result in results:
-        if _may_be_of_the_format(result, cases[result.case]):
-            is_one = (twins[result.case], result.backend, result.environment) in sound
-            result = result.model_copy(update={"cause": FORMAT_FAULT if is_one else None})
-        named.append(result)
-    return named
-
-
-def _without_format(case: CaseRecord) -> str:
-    return case.model_dump_json(exclude={"id", "key", "memory_format"})
-
-
-def _may_be_of_the_format(result: ResultRecord, case: CaseRecord) -> bool:
-    return (
-        case.memory_format != "contiguous"
-        and result.cause in (None, FORMAT_FAULT)
-        and result.label in ("degraded", "broken")
-        and "y" in result.quantities
-        and result.quantities["y"].status == "fail"
-    )
-
-
-class Writer:
-    """A report that grows with the audit.
-
-    What was added is in the file when the method that adds it returns; once the report is larger than
-    CHEAP, PACE durations of a save later, or when `save` returns. The file is replaced as a whole, so it
-    is a valid report at any moment, also after SIGKILL; until `finish` its verdict is "interrupted". Every
-    method raises ReportError where the file cannot be written.
-    """
-
-    def __init__(
-        self,
-        path: Path | None,
-        command: Sequence[str],
-    ) -> None:
-        """Writes a report without results. path: None for a report that is only kept in memory."""
-        self.environments: list[Environment] = []
-        self.cases: dict[str, CaseRecord] = {}
-        self.results: list[ResultRecord] = []
-        self.controls: list[ControlRecord] = []
-        self.disagreements: list[DisagreementRecord] = []
-        self.consistency: list[ConsistencyRecord] = []
-        self.unmade: list[str] = []
-        self.missing: dict[str, str] = {}
-        self.fail_on: FailOn = "fail"
-        self.places: dict[str, SourcePlace] = {}
-        self.notes: list[str] = []
-        self._path = None if path is None else Path(os.path.realpath(path))
-        self._command = shlex.join(command)
-        # Every record is serialized once: a save only writes these.
-        self._json = {name: bytearray() for name in SECTIONS}
-        self._started = datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds")
-        self._clock = time.monotonic()
-        self._duration: float | None = None
-        self._counts: Counter[str] = Counter()
-        self._verdict = "interrupted"
-        self._exit_code = 130
-        self._lock = threading.RLock()
-        self._timer: threading.Timer | None = None
-        self._not_before = 0.0
-        self._error: OSError | None = None
-        if self._path is not None:
-            _prepare(self._path)
-        self.save()
-
-    def add_environment(self, found: Mapping[str, Any]) -> Environment:
-        """Adds an environment in which backends run."""
-        record = Environment.model_validate(found)
-        with self._lock:
-            self.environments.append(record)
-            self._add("environments", record)
-        return record
-
-    def add_case(self, facts: CaseFacts) -> CaseRecord:
-        """Adds a case; its results follow."""
-        record = _case_record(facts)
-        with self._lock:
-            self.cases[record.id] = record
-            self._add("cases", record)
-        return record
-
-    def add_result(self, result: Result) -> ResultRecord:
-        """Adds the result of one case on one backend."""
-        record = _result_record(result)
-        with self._lock:
-            self.results.append(record)
-            self._counts[record.status] += 1
-            self._add("results", record)
-        return record
-
-    def add_control(self, outcome: ControlOutcome) -> ControlRecord:
-        """Adds what came of a control."""
-        record = ControlRecord.model_validate(outcome, from_attributes=True)
-        with self._lock:
-            self.controls.append(record)
-            self._add("controls", record)
-        return record
-
-    def add_disagreement(self, found: Disagreement) -> DisagreementRecord:
-        """Adds how far the gated backends are apart on a case."""
-        record = DisagreementRecord.model_validate({**vars(found), "case": found.case.id})
-        with self._lock:
-            self.disagreements.append(record)
-            self._add("disagreements", record)
-        return record
-
-    def add_consistency(self, found: Consistency) -> ConsistencyRecord:
-        """Adds what came of a check of consistency."""
-        record = ConsistencyRecord.model_validate({**vars(found), "case": found.case.id})
-        with self._lock:
-            self.consistency.append(record)
-            self._add("consistency", record)
-        return record
-
-    def save(self) -> None:
-        """Writes all that was added so far."""
-        with self._lock:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-            self._write()
-            self._check()
-
-    def finish(
-        self, verdict: str, exit_code: int, results: Sequence[ResultRecord] | None = None
-    ) -> Report:
-        """Numbers the findings, writes the final report and returns it.
-
-        results: those that were added, where something about them has changed since.
-        """
-        with self._lock:
-            self.results = numbered(
-                self.results if results is None else results, self.cases, self.fail_on
-            )
-            self._json["results"].clear()
-            for record in self.results:
-                _append(self._json["results"], record)
-            self._verdict, self._exit_code = verdict, exit_code
-            self._duration = self._seconds()
-            self.save()
-            return Report.model_validate(
-                {
-                    **self._head(),
-                    "environments": self.environments,
-                    "cases": list(self.cases.values()),
-                    "results": self.results,
-                    "controls": self.controls,
-                    "disagreements": self.disagreements,
-                    "consistency": self.consistency,
-                    **self._tail(),
-                }
-            )
-
-    def text(self) -> bytes:
-        """The report as it stands, one record per line."""
-        with self._lock:
-            return b"".join(self._pieces())
-
-    def _add(self, section: str, record: _Record) -> None:
-        self._check()
-        _append(self._json[section], record)
-        if self._timer is None:
-            wait = self._not_before - time.monotonic()
-            if wait <= 0:
-                self.save()
-            else:
-                self._timer = threading.Timer(wait, self._save_late)
-                self._timer.daemon = True
-                self._timer.start()
-
-    def _save_late(self) -> None:
-        with self._lock:
-            if self._timer is threading.current_thread():  # otherwise saved meanwhile
-                self._timer = None
-                self._write()
-
-    def _check(self) -> None:
-        if self._error is not None:
-            raise ReportError(
-                f"cannot write the report {self._path}: {self._error.strerror}"
-            ) from self._error
-
-    def _write(self) -> None:
-        path = self._path
-        if path is None:
-            return
-        start = time.monotonic()
-        try:
-            if path.exists() and not path.is_file():  # /dev/null, a pipe: not to be replaced
-                if self._duration is not None:
-                    path.write_bytes(self.text())
-            else:
-                partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-                try:
-                    with partial.open("wb") as file:
-                        file.writelines(self._pieces())
-                    partial.replace(path)
-                finally:
-                    partial.unlink(missing_ok=True)
-        except OSError as error:
-            self._error = error
-        end = time.monotonic()
-        is_cheap = sum(map(len, self._json.values())) <= CHEAP
-        self._not_before = end if is_cheap else end + PACE * (end - start)
-
-    def _pieces(self) -> Iterator[bytes | bytearray]:
-        yield json.dumps(self._head(), ensure_ascii=False)[:-1].encode()
-        for name, records in self._json.items():
-            yield f',\n"{name}":['.encode()
-            yield records
-            yield b"\n]" if records else b"]"
-        yield b",\n" + json.dumps(self._tail())[1:].encode() + b"\n"
-
-    def _head(self) -> dict[str, Any]:
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "bnaudit_version": __version__,
-            "started": self._started,
-            "duration_seconds": self._seconds() if self._duration is None else self._duration,
-            "command": _encodable(self._command),
-        }
-
-    def _seconds(self) -> float:
-        return round(time.monotonic() - self._clock, 3)
-
-    def _tail(self) -> dict[str, Any]:
-        return {
-            "unmade": list(self.unmade),
-            "missing": {_encodable(name): _encodable(why) for name, why in self.missing.items()},
-            "fail_on": self.fail_on,
-            "places": {
-                _encodable(name): place.model_dump(mode="json")
-                for name, place in self.places.items()
-            },
-            "notes": [_encodable(note) for note in self.notes],
-            "summary": counted(len(self.cases), self._counts),
-            "verdict": self._verdict,
-            "exit_code": self._exit_code,
-        }
-
-
 def counted(cases: int, statuses: Mapping[str, int]) -> dict[str, int]:
     """The fields of a summary. statuses: how many results have each."""
     counts = {status: statuses.get(status, 0) for status in get_args(Status)}
@@ -690,55 +373,6 @@ def counted(cases: int, statuses: Mapping[str, int]) -> dict[str, int]:
         "ran": sum(counts[status] for status in RAN),
         **counts,
     }
-
-
-def _append(records: bytearray, record: _Record) -> None:
-    records += (b",\n" if records else b"\n") + record.to_json()
-
-
-def _prepare(path: Path) -> None:
-    """Makes the folder of the report, and removes what a killed run left half written there."""
-    if path.is_dir():
-        raise ReportError(f"cannot write the report {path}: it is a folder")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for partial in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise ReportError(
-            f"cannot write the report {path}: {error.strerror} ({error.filename})"
-        ) from error
-
-
-def _case_record(facts: CaseFacts) -> CaseRecord:
-    fields = facts.case.model_dump()
-    distributions = {name: _plain(fields[name]) for name in DISTRIBUTIONS}
-    return CaseRecord.model_validate(
-        {
-            **fields,
-            **distributions,
-            **({} if facts.facts is None else vars(facts.facts)),
-            "input_sha256": facts.input_sha256,
-            "key": facts.case.key,
-            "n": facts.n,
-        }
-    )
-
-
-def _plain(value: Any) -> Any:
-    """A distribution's fields as JSON has them: numbers that it does not know as text."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return _plain_number(value) if isinstance(value, float) else value
-
-
-def _result_record(result: Result) -> ResultRecord:
-    quantities = {name: quantity_record(judged) for name, judged in result.quantities.items()}
-    return ResultRecord.model_validate(
-        {**vars(result), "case": result.case.id, "quantities": quantities}
-    )
 
 
 def quantity_record(judged: Judged) -> Quantity:
@@ -754,3 +388,15 @@ def quantity_record(judged: Judged) -> Quantity:
             reference_hex=reference.hex(),
         )
     return Quantity.model_validate({**vars(judged), "worst": worst})
+
+
+Kept = TypeVar("Kept", Measurement, Judged)
+
+
+def restored(quantity: Quantity, kind: type[Kept]) -> Kept:
+    """What a quantity's record was made of."""
+    known = {field.name: getattr(quantity, field.name) for field in fields(kind)}
+    worst = quantity.worst
+    if worst is not None:
+        known["worst"] = Worst(tuple(worst.index), worst.value, worst.reference)
+    return kind(**known)

@@ -11,18 +11,19 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
 from bnaudit import calls
 from bnaudit.distributions import Array
+from bnaudit.findings import clusters
 from bnaudit.inputs import Inputs
 from bnaudit.literals import Source, helpers, written
 from bnaudit.report import CaseRecord, Report, ResultRecord
 from bnaudit.scenario import Case, Parameters
-from bnaudit.verdict import DEFAULT_THRESHOLDS, DIED, Thresholds
+from bnaudit.verdict import DEFAULT_THRESHOLDS, DIED, Judged, Thresholds
 from bnaudit.worker.rounding import widen
 
 WIDTH = 100
@@ -40,43 +41,9 @@ QUANTITIES = (
 )
 """In the order in which a failing one is chosen to be shown: what users see comes first."""
 
-SEVERITY = ("warn", "fail", "timeout", "crash")
-
 
 class ReproError(Exception):
     """There can be no script; the message is one sentence that says why."""
-
-
-class _Element(Protocol):
-    @property
-    def index(self) -> Sequence[int]: ...
-    @property
-    def value(self) -> float: ...
-    @property
-    def reference(self) -> float: ...
-
-
-class _Judged(Protocol):
-    """What a fault is made of: `verdict.Judged`, or a report's record of one."""
-
-    @property
-    def status(self) -> str: ...
-    @property
-    def worst(self) -> _Element | None: ...
-    @property
-    def nonfinite(self) -> int: ...
-    @property
-    def bound_ratio(self) -> float | None: ...
-    @property
-    def tight_ratio(self) -> float | None: ...
-    @property
-    def max_abs_error(self) -> float | None: ...
-    @property
-    def max_ulp_error(self) -> float | None: ...
-    @property
-    def constant_misses(self) -> int | None: ...
-    @property
-    def constant_error(self) -> float | None: ...
 
 
 @dataclass(frozen=True)
@@ -111,20 +78,11 @@ class Fault:
 
 def find(report: Report, number: int) -> tuple[CaseRecord, ResultRecord]:
     """The worst result of a finding, and its case. Raises ReproError."""
-    members = [result for result in report.results if result.finding == number]
-    if not members:
-        last = max((result.finding or 0 for result in report.results), default=0)
-        there = f"its findings are 1 to {last}" if last else "it has none"
+    found = {finding.number: finding for finding in clusters(report)}
+    if number not in found:
+        there = f"its findings are 1 to {max(found)}" if found else "it has none"
         raise ReproError(f"there is no finding {number} in the report: {there}")
-
-    def severity(result: ResultRecord) -> tuple[float, ...]:
-        y = result.quantities.get("y")
-        fails = y is not None and y.status == "fail"
-        sizes = [0.0] if y is None else [y.max_sigma_error or 0.0, y.bound_ratio or 0.0]
-        return (SEVERITY.index(result.status), fails, *(math.inf if s != s else s for s in sizes))
-
-    worst = max(members, key=severity)
-    case = next(case for case in report.cases if case.id == worst.case)
+    worst, case = found[number].worst, found[number].case
     for name in {"y", "grad_input"} & worst.quantities.keys():
         element = worst.quantities[name].worst
         if element is not None and not _is_in(element.index, case.shape):
@@ -174,7 +132,7 @@ def _tupled(value: Any) -> Any:
 
 def fault_of(
     status: str,
-    quantities: Mapping[str, _Judged],
+    quantities: Mapping[str, Judged],
     thresholds: Mapping[str, Thresholds],
     weight: Array | None,
     wanted: str | None = None,

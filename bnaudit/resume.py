@@ -6,7 +6,6 @@ over with all of its results, or run again: where it was cut short, and where ot
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
@@ -14,9 +13,7 @@ from typing import Any
 from bnaudit import __version__
 from bnaudit.audit import CaseFacts, Event, Result, Selected
 from bnaudit.consistency import Consistency, Disagreement
-from bnaudit.measure import Worst
-from bnaudit.reference import Facts
-from bnaudit.report import Environment, Quantity, Report, ResultRecord
+from bnaudit.report import Environment, Report, ResultRecord, restored
 from bnaudit.scenario import Case, Scenario
 from bnaudit.verdict import Judged
 
@@ -48,11 +45,7 @@ class Earlier:
             (name, result.gated) for name, result in known.items()
         ]:
             return None
-        facts = None
-        if record.input_sha256 is not None:
-            condition = math.nan if record.condition_number is None else record.condition_number
-            ill_conditioned, extreme = bool(record.ill_conditioned), bool(record.extreme)
-            facts = Facts(case.mode, condition, ill_conditioned, extreme)
+        facts = None if record.input_sha256 is None else record.facts()
         return [
             CaseFacts(case, case.n, record.input_sha256, facts),
             *(_result(case, result) for result in known.values()),
@@ -110,16 +103,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _result(case: Case, record: ResultRecord) -> Result:
-    quantities = {name: _judged(quantity) for name, quantity in record.quantities.items()}
+    quantities = {name: restored(quantity, Judged) for name, quantity in record.quantities.items()}
     names = {field.name for field in fields(Result)}
     known = {name: value for name, value in dict(record).items() if name in names}
     return Result(
         **{**known, "case": case, "finding": None, "accepted": None, "quantities": quantities}
     )
-
-
-def _judged(quantity: Quantity) -> Judged:
-    worst = quantity.worst
-    place = None if worst is None else Worst(tuple(worst.index), worst.value, worst.reference)
-    known = {field.name: getattr(quantity, field.name) for field in fields(Judged)}
-    return Judged(**{**known, "worst": place})

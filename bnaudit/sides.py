@@ -6,7 +6,8 @@ from collections import Counter
 
 from bnaudit.audit import conclude
 from bnaudit.environments import CURRENT
-from bnaudit.report import Report, Summary, counted, numbered
+from bnaudit.findings import numbered
+from bnaudit.report import Report, Summary, counted
 
 
 def side(report: Report, environment: str, command: str) -> Report:

@@ -18,6 +18,9 @@ DIED = ("timeout", "crash")
 
 FAILED = ("fail", *DIED)
 
+DEVIATIONS = ("warn", *FAILED)
+"""Statuses of results that can be findings."""
+
 RAN = (*RUN_STATUSES, *DIED)
 """Statuses of results whose backend was called, from best to worst; the others say why it was not."""
 

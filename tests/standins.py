@@ -11,9 +11,10 @@ from bnaudit.audit import CaseFacts, ControlOutcome, Event, Result
 from bnaudit.consistency import Consistency, Disagreement
 from bnaudit.measure import Worst
 from bnaudit.reference import Facts
-from bnaudit.report import Report, Writer
+from bnaudit.report import Report
 from bnaudit.scenario import Case, Scenario, load
 from bnaudit.verdict import Judged
+from bnaudit.writer import Writer
 
 CONSTANT = """
 name: constant-channel

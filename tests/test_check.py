@@ -11,7 +11,8 @@ from click.testing import CliRunner, Result
 from standins import facts, judged, report, result, scenarios, wrong
 
 from bnaudit.cli import cli, main
-from bnaudit.report import FORMAT_FAULT, Report, SourcePlace, load
+from bnaudit.findings import FORMAT_FAULT
+from bnaudit.report import Report, SourcePlace, load
 from bnaudit.sources import place_of
 
 SCENARIOS = """

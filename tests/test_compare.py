@@ -20,7 +20,8 @@ from bnaudit.compare import Change, Comparison, ComparisonError, compare, json_s
 from bnaudit.consistency import Consistency
 from bnaudit.measure import Worst
 from bnaudit.render.comparison import FEW, comparison, markdown
-from bnaudit.report import Report, Writer
+from bnaudit.report import Report
+from bnaudit.writer import Writer
 
 CONSTANT, OFFSET = scenarios()
 CASE = CONSTANT.cases[0]

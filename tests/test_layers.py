@@ -37,6 +37,8 @@ ORDER = (
     "audit",
     "selection",
     "report",
+    "findings",
+    "writer",
     "sources",
     "rejudge",
     "resume",

@@ -30,10 +30,12 @@ from standins import (
     wrong,
 )
 
-from bnaudit import report as report_module
+from bnaudit import writer as writer_module
 from bnaudit.consistency import Consistency, Disagreement
+from bnaudit.findings import number_findings
 from bnaudit.measure import Worst
-from bnaudit.report import ReportError, ResultRecord, Writer, json_schema, load, number_findings
+from bnaudit.report import ReportError, ResultRecord, json_schema, load
+from bnaudit.writer import Writer
 
 SCHEMA = Draft202012Validator(json_schema())
 CASE = scenarios()[0].cases[0]
@@ -246,8 +248,8 @@ def test_every_result_is_in_the_file_when_it_was_added(writer: Writer, tmp_path:
 def test_dear_saves_are_spaced_and_none_is_forgotten(
     writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_module, "CHEAP", 0)
-    monkeypatch.setattr(report_module, "PACE", 100)
+    monkeypatch.setattr(writer_module, "CHEAP", 0)
+    monkeypatch.setattr(writer_module, "PACE", 100)
     path = tmp_path / "report.json"
     saves = []
     write = writer._write
@@ -271,8 +273,8 @@ def test_dear_saves_are_spaced_and_none_is_forgotten(
 def test_saving_now_does_not_wait_for_the_pause(
     writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report_module, "CHEAP", 0)
-    monkeypatch.setattr(report_module, "PACE", 1e6)
+    monkeypatch.setattr(writer_module, "CHEAP", 0)
+    monkeypatch.setattr(writer_module, "PACE", 1e6)
     writer.add_case(facts(CASE))
     for _ in range(3):
         writer.add_result(result(CASE))
@@ -301,7 +303,7 @@ import sys
 import time
 from pathlib import Path
 from standins import ENVIRONMENT, CONSTANT, add, facts, result, scenarios
-from bnaudit.report import Writer
+from bnaudit.writer import Writer
 
 case = scenarios()[0].cases[0]
 writer = Writer(Path(sys.argv[1]), ["bnaudit", "run"])

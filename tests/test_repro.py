@@ -20,14 +20,16 @@ from frameworks import command
 
 from bnaudit import audit, calls, repro
 from bnaudit.inputs import Inputs, make
-from bnaudit.report import CaseRecord, Quantity, Writer
+from bnaudit.report import CaseRecord, Quantity, restored
 from bnaudit.repro import Fault, ReproError, Script
 from bnaudit.scenario import Case, load, shipped
 from bnaudit.subject import Subject, scratch_folder
+from bnaudit.verdict import Judged
 from bnaudit.worker.backends import BACKENDS
 from bnaudit.worker.backends._exact import exact
 from bnaudit.worker.layout import bits
 from bnaudit.worker.rounding import round_to, widen, widen64
+from bnaudit.writer import Writer
 
 CONSTANT = """
 name: constant
@@ -359,7 +361,7 @@ def test_every_shipped_case_can_be_rebuilt_from_its_record(file: str) -> None:
 # --- faults ----------------------------------------------------------------------------------------
 
 
-def judged(**fields: Any) -> Quantity:
+def judged(**fields: Any) -> Judged:
     empty = dict.fromkeys(
         ("label", "max_abs_error", "max_ulp_error", "bound_ratio", "tight_ratio", "floor", "reason")
     )
@@ -370,9 +372,8 @@ def judged(**fields: Any) -> Quantity:
         "value_hex": "",
         "reference_hex": "",
     }
-    return Quantity.model_validate(
-        {**empty, "status": "fail", "nonfinite": 0, "worst": element, **fields}
-    )
+    record = {**empty, "status": "fail", "nonfinite": 0, "worst": element, **fields}
+    return restored(Quantity.model_validate(record), Judged)
 
 
 def test_what_is_allowed_follows_from_the_ratio() -> None:

@@ -15,7 +15,7 @@ import click
 
 from bnaudit import __version__
 from bnaudit.cli import catalogue, check, compare, probe, repro, run, selftest, show, upgrade
-from bnaudit.cli.common import INCOMPLETE, INTERRUPTED, USAGE, Failure
+from bnaudit.cli.common import INCOMPLETE, INTERRUPTED, USAGE, Failure, find_cache
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # σ and × in a locale that has neither
     try:
+        find_cache()
         given = list(sys.argv[1:] if arguments is None else arguments)
         # Not cli.main, which makes an exit code of its own of a broken pipe.
         with cli.make_context("bnaudit", given) as context:

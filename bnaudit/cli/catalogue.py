@@ -95,12 +95,13 @@ def _list_environments(
 ) -> None:
     from bnaudit import building
     from bnaudit.render import environments as rendering
+    from bnaudit.render.words import count
 
     if prune:
         size = sum(environment.size for environment in building.built())
-        count = len(building.prune())
+        removed = len(building.prune())
         click.echo(
-            f"removed {rendering.count(count, 'environment')}, {rendering.bytes_of(size)}, "
+            f"removed {count(removed, 'environment')}, {rendering.bytes_of(size)}, "
             f"from {building.cache_folder()}"
         )
         return

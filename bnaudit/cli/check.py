@@ -55,7 +55,7 @@ def check(
         overrides = _overrides(thresholds, report)
         judged = _judged(report, overrides, read_baseline(baseline), fail_on)
         screen = console(stderr=outputs.on_stdout)
-        save(target, f"{judged.model_dump_json(by_alias=True)}\n")
+        save(target, judged.to_json())
         outputs.write(judged)
         path = target if target not in (None, "-") else None
         for part in whole(judged, screen.width, verbose=verbose, path=path):

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,6 +105,16 @@ def interruptible() -> Iterator[None]:
     finally:
         for number in heeded:
             signal.signal(number, previous[number])
+
+
+def find_cache() -> None:
+    """Gives Numba a folder for compiled code where it would find none that it may write to."""
+    own = Path(__file__).parent.parent
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    nearest = next(path for path in (home, *home.parents) if path.exists())
+    if not any(os.access(path, os.W_OK) for path in (own, nearest)):
+        folder = Path(tempfile.gettempdir(), f"bnaudit-numba-{os.getuid()}")
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(folder))
 
 
 def _finite(context: click.Context, parameter: click.Parameter, value: float) -> float:

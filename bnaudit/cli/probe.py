@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from bnaudit.cli.common import INCOMPLETE, Failure, console, explained, interruptible
+from bnaudit.cli.common import INCOMPLETE, Failure, console, explained, interruptible, save
 
 if TYPE_CHECKING:
     from bnaudit.probe import MemoryFormat
@@ -71,7 +70,6 @@ def probe(
     with explained(), interruptible():
         from bnaudit import probe as probing
         from bnaudit.render.tree import finding_text
-        from bnaudit.report import ReportError
         from bnaudit.subject import Subject, scratch_folder
 
         name = _one_backend(backend)
@@ -84,13 +82,7 @@ def probe(
             text = finding.to_json(threads, subject.environment())
         screen = console(stderr=target == "-")
         screen.print(finding_text(finding, threads, screen.width))
-        if target == "-":
-            click.echo(text)
-        elif target is not None:
-            try:
-                Path(target).write_bytes(text)
-            except OSError as error:
-                raise ReportError(f"cannot write {target}: {error.strerror}") from error
+        save(target, text)
 
 
 def _one_backend(given: str) -> str:

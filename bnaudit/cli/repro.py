@@ -81,11 +81,11 @@ def _write(
     from bnaudit import config as settings
     from bnaudit import environments
     from bnaudit import repro as scripts
-    from bnaudit.cli.run import find_cache
     from bnaudit.inputs import make
+    from bnaudit.report import restored
     from bnaudit.subject import scratch_folder
+    from bnaudit.verdict import Judged
 
-    find_cache()
     try:
         record, result = scripts.find(report, number)
         place, backend = environments.split(
@@ -106,7 +106,10 @@ def _write(
                     "a file of values has changed, or bnaudit has"
                 )
             fault = scripts.fault_of(
-                result.status, result.quantities, record.thresholds, _weight(case, inputs.weight)
+                result.status,
+                {name: restored(quantity, Judged) for name, quantity in result.quantities.items()},
+                record.thresholds,
+                _weight(case, inputs.weight),
             )
             if fault is None:
                 raise scripts.ReproError(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -39,9 +37,9 @@ if TYPE_CHECKING:
         FailOn,
         Report,
         ResultRecord,
-        Writer,
     )
     from bnaudit.scenario import Scenario
+    from bnaudit.writer import Writer
 
 CHECKS = ("repeat", "threads", "channels", "batch-order", "inference", "backends")
 """Those of bnaudit.consistency, which loads too much for --help."""
@@ -229,13 +227,12 @@ class Audit:
 
         Returns the report, its writer, and what ended the audit early, if anything did.
         """
-        find_cache()
         from bnaudit import audit, environments, selection, sources
         from bnaudit import baseline as baselines
         from bnaudit.progress import CaseProgress, watch
-        from bnaudit.report import Writer
         from bnaudit.subject import scratch_folder
         from bnaudit.worker.backends import BACKENDS
+        from bnaudit.writer import Writer
 
         names = list(self.specifications)
         selected = selection.select(self.backends, self.required, BACKENDS, names)
@@ -512,13 +509,3 @@ class Screen:
     def say(self, text: str) -> None:
         """Prints a remark."""
         self._console.print(text, style="dim")
-
-
-def find_cache() -> None:
-    """Gives Numba a folder for compiled code where it would find none that it may write to."""
-    own = Path(__file__).parent
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    nearest = next(path for path in (home, *home.parents) if path.exists())
-    if not any(os.access(path, os.W_OK) for path in (own, nearest)):
-        folder = Path(tempfile.gettempdir(), f"bnaudit-numba-{os.getuid()}")
-        os.environ.setdefault("NUMBA_CACHE_DIR", str(folder))

@@ -61,7 +61,7 @@ def _found(
     report: Report, finding: int | None, case: str | None, backend: str | None
 ) -> tuple[ResultRecord, list[ResultRecord]]:
     """The result that is meant, and the others of its finding."""
-    from bnaudit.render.findings import clusters
+    from bnaudit.findings import clusters
     from bnaudit.report import ReportError
 
     if finding is None:

@@ -179,4 +179,4 @@ def _keep(folder: Path, reports: Mapping[str, Report]) -> None:
     except OSError as error:
         raise ReportError(f"cannot make the folder {folder}: {error.strerror}") from error
     for name, report in reports.items():
-        save(str(folder / f"{name}.json"), f"{report.model_dump_json(by_alias=True)}\n")
+        save(str(folder / f"{name}.json"), report.to_json())

@@ -14,7 +14,8 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from bnaudit.compare import KINDS, Change, Comparison, Kind, QuantityChange, Side
-from bnaudit.render.words import Hanging, label, markdown_text, number
+from bnaudit.render.evidence import MANY_ULPS
+from bnaudit.render.words import Hanging, count, label, markdown_table, markdown_text, number
 from bnaudit.report import CaseRecord, Quantity
 from bnaudit.verdict import FAILED
 
@@ -24,8 +25,8 @@ FEW = 10
 WIDTHS = (12, 24, 18)
 """Of the terminal's columns for quantity, off by and ×bound."""
 
-MANY_ULPS = 1e9
-"""More units in the last place than this say nothing: the right value is next to 0."""
+COLUMNS = ("scenario", "backend", "case", "quantity", "off by", "×bound", "status", "remark")
+"""Of a table in Markdown."""
 
 NO_LONGER = "checks that no longer hold"
 
@@ -101,13 +102,13 @@ def markdown(found: Comparison, cases: Mapping[str, CaseRecord]) -> str:
     for kind, changes in _by_kind(found):
         shown = _shown(changes)
         lines += ["", f"### {kind[0].upper()}{kind[1:]}: {len(changes)}", ""]
-        lines += ["| scenario | backend | case | quantity | off by | ×bound | status | remark |"]
-        lines += ["|---|---|---|---|---|---|---|---|"]
+        rows = []
         for change in shown:
             case = label(cases[change.case])
             remark = "; ".join(_details(change))
             cells = change.scenario, _backend(change), case, *_cells(change), remark
-            lines.append(f"| {' | '.join(map(markdown_text, cells))} |")
+            rows.append([markdown_text(cell) for cell in cells])
+        lines += markdown_table(COLUMNS, rows)
         if len(shown) < len(changes):
             lines += ["", f"and {len(changes) - len(shown)} more"]
     for heading, texts in _checks(found):
@@ -252,11 +253,11 @@ def _remarks(found: Comparison) -> Iterator[str]:
 
 def _names(noun: str, names: Sequence[str]) -> str:
     """As many as there is room for; of more cases, how many there are of each scenario."""
-    text = f"{len(names)} {noun}{'s' * (len(names) > 1)}: "
+    text = f"{count(len(names), noun)}: "
     if len(names) <= FEW:
         return text + ", ".join(names)
     counts = Counter(name.partition("/")[0] for name in names)
-    return text + ", ".join(f"{count} of {scenario}" for scenario, count in counts.items())
+    return text + ", ".join(f"{n} of {scenario}" for scenario, n in counts.items())
 
 
 def _counts(found: Comparison) -> str:
@@ -276,7 +277,7 @@ def _verdict(found: Comparison) -> str:
     gated = sum(change.gated for change in regressions)
     if gated:
         backends = dict.fromkeys(c.backend for c in regressions if c.gated)
-        text += f" in {gated} result{'s' * (gated > 1)} of {', '.join(backends)}"
+        text += f" in {count(gated, 'result')} of {', '.join(backends)}"
     elif found.verdict == "regression":
         text += ": a check no longer holds"
     elif regressions:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from rich.console import RenderableType
 from rich.text import Text
 
-from bnaudit.render.words import Hanging, label, number
+from bnaudit.render.words import Hanging, count, label, number
 from bnaudit.report import CaseRecord, ConsistencyRecord, DisagreementRecord, Report
 
 
@@ -58,9 +58,8 @@ def _checks(
     unmade = Counter(
         (record.backend, record.check, record.reason) for record in records if record.ok is None
     )
-    for (backend, check, reason), count in unmade.items():
-        cases_ = f"{count} case{'s' * (count > 1)}"
-        yield Hanging("  ", f"{check} {backend}: not made in {cases_}: {reason}")
+    for (backend, check, reason), times in unmade.items():
+        yield Hanging("  ", f"{check} {backend}: not made in {count(times, 'case')}: {reason}")
 
 
 def _grouped(
@@ -73,7 +72,7 @@ def _grouped(
         groups.setdefault((*key, record.case) if verbose else key, []).append(record)
     for (backend, check, scenario, *_), group in groups.items():
         rest = len(group) - 1
-        more = f" (and in {rest} more case{'s' * (rest > 1)})" if rest else ""
+        more = f" (and in {count(rest, 'more case')})" if rest else ""
         place = f"{scenario} {label(cases[group[0].case])}"
         text = Text.assemble(
             (f"{check} {backend}", "red"), f" {place}: {group[0].reason or 'no reason given'}{more}"

@@ -19,20 +19,10 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from bnaudit import __version__
+from bnaudit.findings import Finding, clusters, worst_quantity, worst_result
 from bnaudit.render.consistency import consistency
-from bnaudit.render.findings import (
-    Finding,
-    Neighbours,
-    bound,
-    clusters,
-    count,
-    evidence,
-    listed,
-    off_by,
-    worst_quantity,
-    worst_result,
-)
-from bnaudit.render.words import Hanging, brief, label, number
+from bnaudit.render.evidence import Neighbours, bound, evidence, off_by
+from bnaudit.render.words import Hanging, brief, count, label, listed, number
 from bnaudit.report import CaseRecord, Environment, Report, ResultRecord
 from bnaudit.verdict import DIED, FAILED, RAN
 

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bnaudit.render.console import STYLES
-from bnaudit.render.findings import Neighbours, bound, evidence, listed, off_by, place
-from bnaudit.render.words import Hanging, label, number
+from bnaudit.render.evidence import Neighbours, bound, evidence, off_by, place
+from bnaudit.render.words import Hanging, count, label, listed, number
 from bnaudit.report import CaseRecord, Report, ResultRecord
 
 WIDTH = 18
@@ -50,7 +50,7 @@ def detail(
             yield Hanging("    ", Text(line.expandtabs(4), "dim"))
     if others:
         yield ""
-        yield f"also in {len(others)} other case{'s' * (len(others) > 1)} of this finding:"
+        yield f"also in {count(len(others), 'other case')} of this finding:"
         for other in others:
             yield Hanging("    ", f"{other.case}: {other.reason or other.status}")
 
@@ -58,7 +58,7 @@ def detail(
 def _facts(report: Report, result: ResultRecord, case: CaseRecord) -> Iterator[tuple[str, str]]:
     """Everything with one value, by name; what is not known is left out."""
     environment = next((e for e in report.environments if e.name == result.environment), None)
-    source = place(report, result, case)
+    source = place(report, result.backend, case)
     facts: dict[str, Any] = {
         "status": result.status if result.gated else f"{result.status} (gates nothing)",
         "label": result.label,

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from bnaudit.building import Built
 from bnaudit.environments import Described
-from bnaudit.render.words import Hanging
+from bnaudit.render.words import Hanging, count
 
 PERIODS = (("day", 86400), ("hour", 3600), ("minute", 60))
 
@@ -78,11 +78,6 @@ def bytes_of(size: int) -> str:
             break
         value, unit = value / 1024, larger
     return f"{value:.3g} {unit}" if unit != "bytes" else f"{size} bytes"
-
-
-def count(number: int, noun: str) -> str:
-    """Such as 1 day, 2 days."""
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _age(seconds: float) -> str:

@@ -25,7 +25,9 @@ from typing import Any, get_args
 
 from rich.console import Console, RenderableType
 
-from bnaudit.render import console, findings
+from bnaudit.findings import worst_quantity
+from bnaudit.render import console
+from bnaudit.render.evidence import off_by
 from bnaudit.render.words import label, number
 from bnaudit.report import (
     CaseRecord,
@@ -155,12 +157,12 @@ def _result_row(
     result: ResultRecord, positions: Mapping[str, int], quantities: Sequence[str]
 ) -> list[Any]:
     record = result.model_dump(mode="json", include=set(RESULT_FIELDS))
-    name, worst = findings.worst_quantity(result)
+    name, worst = worst_quantity(result)
     return [
         positions[result.case],
         *(record[field] for field in RESULT_FIELDS),
         name,
-        findings.off_by(name, worst),
+        off_by(name, worst),
         [_quantity_row(quantities.index(key), q) for key, q in result.quantities.items()],
     ]
 

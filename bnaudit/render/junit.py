@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from bnaudit.render.findings import Neighbours, evidence, fails
+from bnaudit.findings import fails
+from bnaudit.render.evidence import Neighbours, evidence
 from bnaudit.report import CaseRecord, Environment, Report, ResultRecord
 from bnaudit.verdict import DIED, FAILED, RAN
 

@@ -9,20 +9,10 @@ import html
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from bnaudit.findings import Finding, clusters, fails, worst_quantity
 from bnaudit.render.console import counts, verdict
-from bnaudit.render.findings import (
-    Finding,
-    Neighbours,
-    bound,
-    clusters,
-    count,
-    evidence,
-    fails,
-    off_by,
-    place,
-    worst_quantity,
-)
-from bnaudit.render.words import label, markdown_text
+from bnaudit.render.evidence import Neighbours, bound, evidence, off_by, place
+from bnaudit.render.words import count, label, markdown_table, markdown_text
 from bnaudit.report import Report, ResultRecord
 from bnaudit.verdict import RAN
 
@@ -54,7 +44,7 @@ def workflow_commands(report: Report) -> list[str]:
     found: list[str] = []
     for finding in clusters(report):
         if fails(report, finding.worst) and len(found) < ANNOTATIONS:
-            file, line = place(report, finding.worst, finding.case)
+            file, line = place(report, finding.worst.backend, finding.case)
             title = f"{finding.worst.status} {finding.worst.backend} {finding.case.scenario}"
             message = "\n".join((label(finding.case), *evidence(finding.worst)))
             properties = f"file={_property(file)},line={line},title={_property(title)}"
@@ -209,8 +199,8 @@ def _details(summary: str, text: str) -> str:
 
 
 def _rows(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heading, ["---"] * len(heading), *([_text(cell) for cell in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines = markdown_table(heading, [[_text(cell) for cell in row] for row in rows])
+    return "\n".join(lines) + "\n"
 
 
 def _text(text: str) -> str:

@@ -14,18 +14,9 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from bnaudit.render.findings import (
-    Finding,
-    Neighbours,
-    Place,
-    clusters,
-    count,
-    evidence,
-    fails,
-    place,
-    worst_quantity,
-)
-from bnaudit.render.words import label
+from bnaudit.findings import Finding, clusters, fails, worst_quantity
+from bnaudit.render.evidence import Neighbours, Place, evidence, place
+from bnaudit.render.words import count, label
 from bnaudit.report import ConsistencyRecord, Report
 from bnaudit.verdict import CAUSES, DIED
 
@@ -188,7 +179,7 @@ def _result(report: Report, finding: Finding, neighbours: Neighbours) -> dict[st
         rule,
         "warning" if worst.status == "warn" and not fails(report, worst) else "error",
         lines,
-        place(report, worst, case),
+        place(report, worst.backend, case),
         (*identity, worst.status),
     )
     made["properties"] = {
@@ -228,8 +219,7 @@ def _broken_checks(report: Report) -> list[ConsistencyRecord]:
 
 def _inconsistent(report: Report, record: ConsistencyRecord) -> dict[str, Any]:
     case = next(case for case in report.cases if case.id == record.case)
-    source = report.places.get(record.backend)
-    where = Place(case.file, case.line) if source is None else Place(source.file, source.line)
+    where = place(report, record.backend, case)
     rule = "BN008" if record.check in NOT_REPRODUCIBLE_CHECKS else DEPENDS
     lines = [
         f"{record.check} {record.backend} {case.scenario} {label(case)}",

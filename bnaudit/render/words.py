@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
@@ -57,6 +58,16 @@ def number(value: float | None, digits: int) -> str:
     if "." in mantissa:
         mantissa = mantissa.rstrip("0").rstrip(".")
     return f"{mantissa}e{int(exponent)}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Such as "a, b and c"."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def count(number: int, noun: str) -> str:
+    """Such as "2 cases"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def axes(case: CaseRecord) -> dict[str, str]:
@@ -125,6 +136,11 @@ def brief(case: CaseRecord, width: int) -> str:
         if len(longer) <= width or not text:
             text = longer
     return text
+
+
+def markdown_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table's lines. rows: of cells that are Markdown already."""
+    return [f"| {' | '.join(line)} |" for line in (heading, ["---"] * len(heading), *rows)]
 
 
 def markdown_text(text: str) -> str:

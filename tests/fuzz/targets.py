@@ -29,10 +29,11 @@ from bnaudit.distributions import FileError
 from bnaudit.inputs import Inputs, make
 from bnaudit.reference import Reference
 from bnaudit.render import accuracy, comparison, console, html, junit, markdown, sarif
-from bnaudit.report import GZIP, Environment, ReportError, ResultRecord, load
+from bnaudit.report import GZIP, Environment, ReportError, ResultRecord, load, restored
 from bnaudit.scenario import Case, ScenarioError, shipped
 from bnaudit.scenario import load as load_scenarios
 from bnaudit.subject import OUTCOMES, Subject, SubjectError
+from bnaudit.verdict import Judged
 from bnaudit.worker import protocol
 
 Target = Callable[[bytes, Path], bool]
@@ -124,7 +125,8 @@ def report(content: bytes, scratch: Path) -> bool:
             record, result = repro.find(found, number)
             case = repro.rebuilt(record)
             weight = np.ones(case.channels)
-            repro.fault_of(result.status, result.quantities, record.thresholds, weight)
+            quantities = {n: restored(q, Judged) for n, q in result.quantities.items()}
+            repro.fault_of(result.status, quantities, record.thresholds, weight)
     compared.model_dump_json()
     return True
 

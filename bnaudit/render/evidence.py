@@ -1,17 +1,17 @@
-"""Findings in plain text: which result of several is the worst, by how much it is off, what does better.
+"""Findings in plain text: by how much a result is off, where, and what does better.
 
 What every format says in the same words.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from bnaudit.render.words import axes, number
-from bnaudit.report import DEVIATIONS, CaseRecord, Quantity, Report, ResultRecord
-from bnaudit.verdict import FAILED, NOT_REPEATABLE, RAN
+from bnaudit.findings import worst_quantity
+from bnaudit.render.words import axes, listed, number
+from bnaudit.report import CaseRecord, Quantity, Report, ResultRecord
+from bnaudit.verdict import NOT_REPEATABLE
 
 VERBS = {"pass": ("passes", "pass"), "warn": ("only warns", "only warn")}
 """What a better sibling of a failing case does: one, several."""
@@ -27,38 +27,9 @@ class Place(NamedTuple):
     line: int
 
 
-class Finding(NamedTuple):
-    """A numbered finding: its worst result, that one's case, and all of its results as they came."""
-
-    number: int
-    worst: ResultRecord
-    case: CaseRecord
-    results: list[ResultRecord]
-
-
-def clusters(report: Report) -> list[Finding]:
-    """The findings by number."""
-    cases = {case.id: case for case in report.cases}
-    found: dict[int, list[ResultRecord]] = {}
-    for result in report.results:
-        if result.finding is not None:
-            found.setdefault(result.finding, []).append(result)
-    ordered = []
-    for position, results in sorted(found.items()):
-        worst = worst_result(results)
-        ordered.append(Finding(position, worst, cases[worst.case], results))
-    return ordered
-
-
-def fails(report: Report, result: ResultRecord) -> bool:
-    """Whether the result is one of those for which the report is red."""
-    bad = DEVIATIONS if report.fail_on == "warn" else FAILED
-    return result.gated and result.accepted is None and result.status in bad
-
-
-def place(report: Report, result: ResultRecord, case: CaseRecord) -> Place:
-    """Where the result's plug-in stands; where it has none, or nobody knows, its case's scenario."""
-    source = report.places.get(result.backend)
+def place(report: Report, backend: str, case: CaseRecord) -> Place:
+    """Where the plug-in stands; where the backend is none, or nobody knows, the case's scenario."""
+    source = report.places.get(backend)
     return Place(case.file, case.line) if source is None else Place(source.file, source.line)
 
 
@@ -140,44 +111,6 @@ def _apart(value: float, reference: float) -> tuple[str, str]:
     return texts
 
 
-def worst_result(results: Iterable[ResultRecord]) -> ResultRecord:
-    """The worst of the results that ran: by status, then by y, in standard deviations, then by bound."""
-
-    def severity(result: ResultRecord) -> tuple[float, ...]:
-        name, quantity = worst_quantity(result)
-        if quantity is None:
-            return (RAN.index(result.status), 0, 0, 0)
-        sigma = math.inf if quantity.nonfinite else quantity.max_sigma_error
-        return (
-            RAN.index(result.status),
-            name == "y",
-            _comparable(sigma),
-            _comparable(quantity.bound_ratio),
-        )
-
-    return max((r for r in results if r.status in RAN), key=severity)
-
-
-def worst_quantity(result: ResultRecord) -> tuple[str, Quantity | None]:
-    """The quantity that decides a result's status: y if it is one of those, else the farthest off."""
-    if not result.quantities:
-        return "", None
-    return max(
-        result.quantities.items(),
-        key=lambda item: (
-            RAN.index(item[1].status),
-            item[0] == "y",
-            _comparable(item[1].bound_ratio),
-        ),
-    )
-
-
-def _comparable(value: float | None) -> float:
-    if value is None:
-        return 0.0
-    return math.inf if math.isnan(value) else value
-
-
 def off_by(name: str, quantity: Quantity | None) -> str:
     """How far off: y in standard deviations, a per-channel quantity in ulp, grad_input as it is."""
     if quantity is None:
@@ -196,13 +129,3 @@ def off_by(name: str, quantity: Quantity | None) -> str:
 def bound(quantity: Quantity | None) -> str:
     """T, such as 91; "-" where there is none."""
     return number(None if quantity is None else quantity.bound_ratio, 2)
-
-
-def listed(words: Sequence[str]) -> str:
-    """Such as "a, b and c"."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def count(number: int, noun: str) -> str:
-    """Such as "2 cases"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

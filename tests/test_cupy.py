@@ -26,7 +26,8 @@ from bnaudit.worker.layout import OFFSET, STEP, lay_out
 Array = npt.NDArray[Any]
 
 STAND_IN = Path(__file__).parent / "cuda_on_host"
-MODULE = "bnaudit.worker.backends._cupy"
+PACKAGE = "bnaudit.worker.backends"
+MODULES = (f"{PACKAGE}._cupy", f"{PACKAGE}._gemm_cuda", f"{PACKAGE}._chainer_cuda")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
 BACKENDS = ("gemm@cuda", "gemm-tf32@cuda", "chainer-2016@cuda")
@@ -41,12 +42,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def loaded() -> dict[str, types.ModuleType]:
-    """The module, and all of the stand-in."""
+    """The modules, and all of the stand-in."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(STAND_IN)
         for name in ours():
             patch.delitem(sys.modules, name)
-        for name in (MODULE, *stand_in()):
+        for name in (*MODULES, *stand_in()):
             importlib.import_module(name)
         modules = {name: sys.modules[name] for name in ours()}
         for name in modules:
@@ -55,14 +56,32 @@ def loaded() -> dict[str, types.ModuleType]:
 
 
 @pytest.fixture
-def module(
+def stood_in(
     loaded: dict[str, types.ModuleType], compiled: str, monkeypatch: pytest.MonkeyPatch
-) -> Any:
-    """The module, with the stand-in as its CuPy until the end of the test."""
+) -> dict[str, Any]:
+    """The modules, with the stand-in as their CuPy until the end of the test."""
     monkeypatch.setenv("CUDA_ON_HOST_CACHE", compiled)
     for name, entry in loaded.items():
         monkeypatch.setitem(sys.modules, name, entry)
-    return loaded[MODULE]
+    return {name.rpartition(".")[2]: loaded[name] for name in MODULES}
+
+
+@pytest.fixture
+def module(stood_in: dict[str, Any]) -> Any:
+    """What every backend on CuPy shares."""
+    return stood_in["_cupy"]
+
+
+@pytest.fixture
+def gemm(stood_in: dict[str, Any]) -> Any:
+    """Caffe's layer."""
+    return stood_in["_gemm_cuda"]
+
+
+@pytest.fixture
+def chainer(stood_in: dict[str, Any]) -> Any:
+    """Chainer's layer."""
+    return stood_in["_chainer_cuda"]
 
 
 def stand_in() -> dict[str, Path]:
@@ -72,8 +91,8 @@ def stand_in() -> dict[str, Path]:
 
 
 def ours() -> list[str]:
-    """What is loaded of CuPy, and the module that has kernels of it."""
-    return [name for name in sys.modules if name.split(".")[0] == "cupy" or name == MODULE]
+    """What is loaded of CuPy, and the modules that use it."""
+    return [name for name in sys.modules if name.split(".")[0] == "cupy" or name in MODULES]
 
 
 def arguments(shape: tuple[int, ...], dtype: str, memory_format: str) -> tuple[list[Array], Array]:
@@ -134,10 +153,10 @@ def test_the_gaps_of_a_strided_array_are_nan_on_the_device_too(module: Any) -> N
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", [(4, 3, 2, 4), (2, 5, 16), (8, 3), (1, 1, 2, 2), (1, 4)])
 def test_gemm_on_cublas_equals_gemm_on_numpys_blas_where_sums_are_exact(
-    module: Any, shape: tuple[int, ...], dtype: str, memory_format: str, training: bool
+    gemm: Any, shape: tuple[int, ...], dtype: str, memory_format: str, training: bool
 ) -> None:
     given, grad = arguments(shape, dtype, memory_format)
-    got = run(module.gemm, given, training=training, grad_output=grad)
+    got = run(gemm.gemm, given, training=training, grad_output=grad)
     letter = "S" if dtype == "float32" else "D"
     assert got.pop("kernel") == f"cublas{letter}gemv, cublas{letter}gemm, TF32 off, cuBLAS 13.2.0"
     expected = run(_gemm.gemm, given, training=training, grad_output=grad)
@@ -170,37 +189,37 @@ DEFECTS = {
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_a_planted_defect_is_caught(module: Any, defect: str) -> None:
-    source = Path(module.__file__).read_text()
+def test_a_planted_defect_is_caught(gemm: Any, defect: str) -> None:
+    source = Path(gemm.__file__).read_text()
     assert source.count(DEFECTS[defect][0]) == 1
-    spoilt = types.ModuleType(MODULE)
-    spoilt.__package__ = module.__package__
+    spoilt = types.ModuleType(MODULES[1])
+    spoilt.__package__ = gemm.__package__
     exec(source.replace(*DEFECTS[defect]), spoilt.__dict__)
     test = test_gemm_on_cublas_equals_gemm_on_numpys_blas_where_sums_are_exact
     with pytest.raises((AssertionError, ValueError, TypeError, RuntimeError)):
         test(spoilt, (4, 3, 2, 4), "float32", "contiguous", True)
 
 
-def test_caffes_kernels_compile_for_gpus(module: Any, tmp_path: Path) -> None:
+def test_caffes_kernels_compile_for_gpus(gemm: Any, tmp_path: Path) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("there is no nvcc")
-    names = re.findall(r"^ELEMENTWISE\((\w+)", module.CAFFE_KERNELS, re.MULTILINE)
+    names = re.findall(r"^ELEMENTWISE\((\w+)", gemm.CAFFE_KERNELS, re.MULTILINE)
     assert len(names) == 8
     instances = [f"(void*){name}<{kind}>" for name in names for kind in ("float", "double")]
     source = tmp_path / "caffe.cu"
-    source.write_text(f"{module.CAFFE_KERNELS}\nvoid* instances[] = {{{', '.join(instances)}}};\n")
+    source.write_text(f"{gemm.CAFFE_KERNELS}\nvoid* instances[] = {{{', '.join(instances)}}};\n")
     command = ["nvcc", "-cubin", "-arch=sm_80", "-Werror=all-warnings", "-o", "caffe.cubin"]
     subprocess.run([*command, source.name], cwd=tmp_path, check=True)
 
 
-def test_tf32_rounds_the_mean_to_11_bits_and_is_off_again_afterwards(module: Any) -> None:
+def test_tf32_rounds_the_mean_to_11_bits_and_is_off_again_afterwards(gemm: Any) -> None:
     from cupy.cuda import cublas
 
     before = dict(cublas.modes)
     x = np.full((2, 1, 4), 1 + 2.0**-11, np.float32)  # a sum of eight is exact
     given = [x, None, None, np.zeros(1, np.float32), np.ones(1, np.float32)]
-    assert (run(module.gemm, given)["y"] == 0).all()
-    got = run(module.gemm_tf32, given)
+    assert (run(gemm.gemm, given)["y"] == 0).all()
+    got = run(gemm.gemm_tf32, given)
     assert got["batch_mean"] == 1 + 2.0**-11  # gemv has no TF32
     np.testing.assert_allclose(got["y"], 2.0**-11 / 0.5, rtol=1e-3)
     assert "TF32 on" in got["kernel"]
@@ -208,7 +227,7 @@ def test_tf32_rounds_the_mean_to_11_bits_and_is_off_again_afterwards(module: Any
 
 
 def test_cublass_modes_are_restored_after_an_error(
-    module: Any, monkeypatch: pytest.MonkeyPatch
+    gemm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cupy.cuda import cublas
 
@@ -216,12 +235,12 @@ def test_cublass_modes_are_restored_after_an_error(
     monkeypatch.setattr(cublas, "sgemm", raiser(cublas.CUBLASError("CUBLAS_STATUS_NOT_SUPPORTED")))
     given, _ = arguments((2, 3, 4), "float32", "contiguous")
     with pytest.raises(cublas.CUBLASError, match="NOT_SUPPORTED"):
-        run(module.gemm_tf32, given)
+        run(gemm.gemm_tf32, given)
     assert cublas.modes == before
 
 
 def test_gemm_keeps_subnormal_numbers_and_leaves_arithmetic_to_no_kernel_of_cupys(
-    module: Any, monkeypatch: pytest.MonkeyPatch
+    gemm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import cupy
 
@@ -230,7 +249,7 @@ def test_gemm_keeps_subnormal_numbers_and_leaves_arithmetic_to_no_kernel_of_cupy
     tiny, zero, one = (np.full(1, value, np.float32) for value in (1e-40, 0, 1))
     x = tiny.reshape(1, 1)
     given = [x, one, zero, zero, one]
-    got = run(module.gemm, given, training=False, eps=0.0, grad_output=x)
+    got = run(gemm.gemm, given, training=False, eps=0.0, grad_output=x)
     assert got["y"] == got["grad_input"] == tiny
 
 
@@ -246,42 +265,43 @@ def test_gemm_keeps_subnormal_numbers_and_leaves_arithmetic_to_no_kernel_of_cupy
     ],
 )
 def test_what_a_backend_does_not_take_is_refused_in_words(
-    module: Any, name: str, dtype: str, words: str
+    gemm: Any, chainer: Any, name: str, dtype: str, words: str
 ) -> None:
     given, _ = arguments((2, 3, 4), dtype, "contiguous")
+    functions = {**vars(gemm), **vars(chainer)}
     with pytest.raises(NotImplementedError, match=words):
-        run(getattr(module, name), given)
+        run(functions[name], given)
 
 
-def test_an_empty_batch_leaves_everything_as_it_was_or_is_refused(module: Any) -> None:
+def test_an_empty_batch_leaves_everything_as_it_was_or_is_refused(gemm: Any, chainer: Any) -> None:
     given, grad = arguments((0, 3, 2), "float32", "contiguous")
-    got = run(module.gemm, given, grad_output=grad)
+    got = run(gemm.gemm, given, grad_output=grad)
     assert got["y"].shape == got["grad_input"].shape == (0, 3, 2)
     np.testing.assert_array_equal(got["running_var"], given[4])
     with pytest.raises(NotImplementedError, match="divides by the batch's size"):
-        run(module.chainer_2016, given)
+        run(chainer.chainer_2016, given)
 
 
 # --- Chainer's layer --------------------------------------------------------------------------------
 
 
-def test_chainers_running_variance_contains_eps_and_its_inference_adds_none(module: Any) -> None:
+def test_chainers_running_variance_contains_eps_and_its_inference_adds_none(chainer: Any) -> None:
     x = np.full((2, 1, 2), 3, np.float32)
     given = [x, None, None, np.zeros(1, np.float32), np.full(1, 4, np.float32)]
-    got = run(module.chainer_2016, given)
+    got = run(chainer.chainer_2016, given)
     assert (got["batch_mean"], got["batch_var"]) == (3, 0)
     assert (got["running_mean"], got["running_var"]) == (1.5, 2 + np.float32(0.5 * 4 / 3) * 0.25)
     assert (got["y"] == 0).all()
-    assert (run(module.chainer_2016, given, training=False)["y"] == 3 / 2).all()
+    assert (run(chainer.chainer_2016, given, training=False)["y"] == 3 / 2).all()
 
 
-def test_chainers_sums_are_cupys_own_and_cub_is_back_afterwards(module: Any) -> None:
+def test_chainers_sums_are_cupys_own_and_cub_is_back_afterwards(chainer: Any) -> None:
     from cupy import _core
 
     before = list(_core.get_reduction_accelerators())
     assert before  # or the stand-in's reduction could not refuse
     given, grad = arguments((4, 3, 2), "float32", "contiguous")
-    assert run(module.chainer_2016, given, grad_output=grad)["kernel"].endswith("without CUB")
+    assert run(chainer.chainer_2016, given, grad_output=grad)["kernel"].endswith("without CUB")
     assert _core.get_reduction_accelerators() == before
 
 
@@ -473,13 +493,13 @@ def test_tf32_is_unavailable_where_it_could_not_be_on(
 
 
 def test_too_little_memory_is_a_refusal_and_a_cuda_error_keeps_its_text(
-    module: Any, monkeypatch: pytest.MonkeyPatch
+    gemm: Any, chainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import cupy
     from cupy.cuda import memory, runtime
 
     given, _ = arguments((2, 3, 4), "float32", "contiguous")
-    for function in (module.gemm, module.chainer_2016):
+    for function in (gemm.gemm, chainer.chainer_2016):
         with monkeypatch.context() as patch:
             patch.setattr(cupy, "asarray", raiser(memory.OutOfMemoryError(1 << 40, 1 << 30)))
             with pytest.raises(NotImplementedError, match="more GPU memory than the 1 GiB"):

@@ -435,6 +435,8 @@ def test_the_worker_is_python_3_7_and_imports_only_what_it_may(path: Path) -> No
         "torch_plugin.py": {"torch"},
         "poison.py": {"torch"},
         "_cupy.py": {"cupy", "cupy_backends"},
+        "_gemm_cuda.py": {"cupy"},
+        "_chainer_cuda.py": {"cupy"},
         "_welford_cuda.py": {"cupy", "cupy_backends"},
         "_chainer_real.py": {"chainer"},
         "_flax.py": {"flax", "jax"},

@@ -110,7 +110,8 @@ def interruptible() -> Iterator[None]:
 def find_cache() -> None:
     """Gives Numba a folder for compiled code where it would find none that it may write to."""
     own = Path(__file__).parent.parent
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    known = os.environ.get("XDG_CACHE_HOME")
+    home = Path(known or os.path.expanduser("~/.cache"))  # noqa: PTH111 - there may be no home
     nearest = next(path for path in (home, *home.parents) if path.exists())
     if not any(os.access(path, os.W_OK) for path in (own, nearest)):
         folder = Path(tempfile.gettempdir(), f"bnaudit-numba-{os.getuid()}")

@@ -228,7 +228,6 @@ class Audit:
         Returns the report, its writer, and what ended the audit early, if anything did.
         """
         from bnaudit import audit, environments, selection, sources
-        from bnaudit import baseline as baselines
         from bnaudit.progress import CaseProgress, watch
         from bnaudit.subject import scratch_folder
         from bnaudit.worker.backends import BACKENDS
@@ -246,30 +245,21 @@ class Audit:
             subject = self._start(self.threads, places, unbuilt, scratch, stack)
             other = self._start(1 if self.threads > 1 else 2, places, unbuilt, scratch, stack)
             reasons = subject.describe([backend.name for backend in selected])
-            if self.specifications and not self.backends:
-                selected = _available(selected, reasons, names)
-            # Of a group or glob in another environment, what that has.
-            selected = [
-                b
-                for b in selected
-                if b.required
-                or reasons[b.name] is None
-                or environments.split(b.name, names)[0] == environments.CURRENT
-            ]
+            selected = self._present(selected, reasons)
             found = subject.environments()
             earlier = self._earlier(found)
             writer = Writer(self.path, ["bnaudit", *sys.argv[1:]])
-            plugins = {
-                b.name: sources.place_of(environments.split(b.name, names)[1]) for b in selected
-            }
-            writer.places = {name: place for name, place in plugins.items() if place is not None}
-            current, *rest = map(writer.add_environment, found)
-            writer.missing = {
-                b.name: why for b in selected if b.required and (why := reasons[b.name])
-            }
+            current, *others = map(writer.add_environment, found)
+            for backend in selected:
+                place = sources.place_of(environments.split(backend.name, names)[1])
+                if place is not None:
+                    writer.places[backend.name] = place
+                reason = reasons[backend.name]
+                if backend.required and reason is not None:
+                    writer.missing[backend.name] = reason
             cases = screen.open(current, self.scenarios, selected, reasons, matches, writer.missing)
-            for place in rest:
-                screen.say(f"{place.name}: {place.summary()}")
+            for environment in others:
+                screen.say(f"{environment.name}: {environment.summary()}")
             if not cases:
                 screen.say(f"no case and backend match -k {self.expression!r}")
             events = audit.run(
@@ -285,11 +275,40 @@ class Audit:
             )
             progress = CaseProgress(cases, quiet=quiet)
             end = _follow(events, writer, screen, progress)
+        report = self._concluded(writer, interrupted=end is not None)
+        if end is None and len(report.cases) < cases:
+            screen.say("stopped at the first gated failure (-x)")
+        return report, writer, end
+
+    def _present(
+        self, selected: Sequence[Selected], reasons: Mapping[str, str | None]
+    ) -> list[Selected]:
+        """The selected backends without those that another environment does not have.
+
+        Kept are those that were named themselves, which are then missing.
+        """
+        from bnaudit.environments import CURRENT, split
+
+        names = list(self.specifications)
+        if names and not self.backends:
+            selected = _available(selected, reasons, names)
+        return [
+            backend
+            for backend in selected
+            if backend.required
+            or reasons[backend.name] is None
+            or split(backend.name, names)[0] == CURRENT
+        ]
+
+    def _concluded(self, writer: Writer, *, interrupted: bool) -> Report:
+        """The report with what the baseline accepts, and the verdict."""
+        from bnaudit import audit, baseline
+
         writer.unmade = audit.unmade(writer.consistency, self.must_check)
         writer.fail_on = self.fail_on
         kept: Sequence[ResultRecord] = writer.results
         if self.baseline is not None:
-            kept, writer.notes = baselines.accept(
+            kept, writer.notes = baseline.accept(
                 self.baseline,
                 kept,
                 writer.cases,
@@ -304,12 +323,9 @@ class Audit:
             checks=writer.consistency,
             unmade=writer.unmade,
             fail_on=self.fail_on,
-            interrupted=end is not None,
+            interrupted=interrupted,
         )
-        report = writer.finish(verdict, code, kept)
-        if end is None and len(report.cases) < cases:
-            screen.say("stopped at the first gated failure (-x)")
-        return report, writer, end
+        return writer.finish(verdict, code, kept)
 
     def _earlier(self, environments: Sequence[Mapping[str, Any]]) -> Earlier:
         """What an interrupted report of the same name holds already, where it is to be continued."""

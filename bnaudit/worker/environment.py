@@ -59,6 +59,7 @@ def describe(library: str) -> dict[str, Any]:
         module: Any = sys.modules.get("%s.backends.%s" % (__package__, name))
         if hasattr(module, "describe"):
             found = module.describe()
+            break  # of one library, all say the same
     return {
         "python": platform.python_version(),
         "executable": sys.executable,

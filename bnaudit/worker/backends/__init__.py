@@ -115,7 +115,7 @@ BACKENDS = {
         "two passes as matrix products on the BLAS under NumPy, as Caffe's GPU layer had them",
     ),
     "gemm@cuda": Backend(
-        "_cupy",
+        "_gemm_cuda",
         "gemm",
         "specimen",
         True,
@@ -123,7 +123,7 @@ BACKENDS = {
         "the gemv and gemm calls of Caffe's GPU layer on cuBLAS, in float32 or float64",
     ),
     "gemm-tf32@cuda": Backend(
-        "_cupy",
+        "_gemm_cuda",
         "gemm_tf32",
         "specimen",
         False,
@@ -139,7 +139,7 @@ BACKENDS = {
         "Welford in CUDA: one recurrence per thread, merged by warp, block and grid",
     ),
     "chainer-2016@cuda": Backend(
-        "_cupy",
+        "_chainer_cuda",
         "chainer_2016",
         "specimen",
         False,

@@ -13,6 +13,8 @@ import numpy as np
 
 from ..rounding import widen
 from . import _cupy
+from ._cupy import describe as describe  # of CuPy, whichever backend asks
+from ._cupy import unavailable as unavailable
 from ._numpy import THREADS, empty_batch, lanes_of, running_factors
 
 if TYPE_CHECKING:
@@ -48,11 +50,6 @@ NULL = np.uintp(0)
 
 MOST_BLOCKS = 2**31 - 1
 """Blocks in a grid of one dimension, on every GPU."""
-
-
-def unavailable(name: str) -> str | None:
-    """Why the backend `name` cannot run here, or None."""
-    return _cupy.unavailable(name)
 
 
 @functools.lru_cache(maxsize=None)

@@ -16,8 +16,8 @@ import click
 from bnaudit.cli.common import CONFIG, INCOMPLETE, USAGE, Failure, explained, interruptible
 
 if TYPE_CHECKING:
-    from bnaudit.distributions import Array
-    from bnaudit.report import CaseRecord, Report
+    from bnaudit.inputs import Inputs
+    from bnaudit.report import CaseRecord, Report, ResultRecord
     from bnaudit.repro import Fault, Script
     from bnaudit.scenario import Case
 
@@ -63,9 +63,16 @@ def repro(
     The script exits with 1 while the fault is there, and with 0 when it is gone.
     """
     with explained(), interruptible():
-        from bnaudit import report as reports
+        from bnaudit.report import load
+        from bnaudit.repro import ReproError
 
-        _write(reports.load(report), number, shrink, issue, specifications, config, target)
+        found = load(report)
+        try:
+            _write(found, number, shrink, issue, specifications, config, target)
+        except ReproError as error:
+            raise Failure(str(error), USAGE) from error
+        except OSError as error:
+            raise Failure(f"{error.filename or 'file'}: {error.strerror}", USAGE) from error
         return 0
 
 
@@ -78,83 +85,91 @@ def _write(
     config: str | None,
     target: Path | None,
 ) -> None:
+    """Writes what the options ask for. Raises ReproError and OSError."""
     from bnaudit import config as settings
     from bnaudit import environments
     from bnaudit import repro as scripts
-    from bnaudit.inputs import make
-    from bnaudit.report import restored
     from bnaudit.subject import scratch_folder
-    from bnaudit.verdict import Judged
 
-    try:
-        record, result = scripts.find(report, number)
-        place, backend = environments.split(
-            result.backend, [environment.name for environment in report.environments]
+    record, result = scripts.find(report, number)
+    place, backend = environments.split(
+        result.backend, [environment.name for environment in report.environments]
+    )
+    command: tuple[str, ...] = (sys.executable,)
+    if shrink or issue:
+        known = settings.load(config).environments
+        command = _command(place, {**known, **dict(environments.parse_all(specifications))})
+    case = scripts.rebuilt(record)
+    with scratch_folder() as scratch:
+        inputs = _inputs(case, scratch / "inputs")
+        if inputs.sha256 != record.input_sha256:
+            raise scripts.ReproError(
+                f"the inputs of {record.id} are not those of the report: "
+                "a file of values has changed, or bnaudit has"
+            )
+        fault = _fault(record, result, case, inputs)
+        threads = next((e.threads for e in report.environments if e.name == place), 2)
+        if shrink:
+            case, fault = _shrunk(case, fault, backend, place, command, threads, scratch)
+            inputs = _inputs(case, scratch / "smaller")
+        declared = result.declarations or {}
+        is_average = declared.get("running_update", "ema") == "ema"
+        script = scripts.script(
+            case,
+            inputs,
+            fault,
+            backend,
+            threads=threads,
+            found=_found(report, record, place, backend),
+            correction=declared.get("running_var_correction", 1) if is_average else None,
         )
-        command: tuple[str, ...] = (sys.executable,)
-        if shrink or issue:
-            known = settings.load(config).environments
-            command = _command(place, {**known, **dict(environments.parse_all(specifications))})
-        case = scripts.rebuilt(record)
-        with scratch_folder() as scratch:
-            folder = scratch / "inputs"
-            folder.mkdir()
-            inputs = make(case, folder)
-            if inputs.sha256 != record.input_sha256:
-                raise scripts.ReproError(
-                    f"the inputs of {record.id} are not those of the report: "
-                    "a file of values has changed, or bnaudit has"
-                )
-            fault = scripts.fault_of(
-                result.status,
-                {name: restored(quantity, Judged) for name, quantity in result.quantities.items()},
-                record.thresholds,
-                _weight(case, inputs.weight),
+        if script.files and target is None:
+            raise scripts.ReproError(
+                "the input is too large for a script and goes into a file beside it: "
+                "say where with -o FILE.py, or make it smaller with --shrink"
             )
-            if fault is None:
-                raise scripts.ReproError(
-                    f"finding {number} has no deviation that a script could show "
-                    f"({result.status}: {result.reason})"
-                )
-            threads = next((e.threads for e in report.environments if e.name == place), 2)
-            if shrink:
-                case, fault = _shrunk(case, fault, backend, place, command, threads, scratch)
-                folder = scratch / "smaller"
-                folder.mkdir()
-                inputs = make(case, folder)
-            declared = result.declarations or {}
-            is_average = declared.get("running_update", "ema") == "ema"
-            script = scripts.script(
-                case,
-                inputs,
-                fault,
-                backend,
-                threads=threads,
-                found=_found(report, record, place, backend),
-                correction=declared.get("running_var_correction", 1) if is_average else None,
-            )
-            if script.files and target is None:
-                raise scripts.ReproError(
-                    "the input is too large for a script and goes into a file beside it: "
-                    "say where with -o FILE.py, or make it smaller with --shrink"
-                )
-            _save(script, target)
-            if shrink and target is not None:
-                _save_scenario(case, fault, record, result.backend, specifications, target)
-            if issue:
-                text = _markdown(script, report, record, place, fault, command)
-                if target is None:
-                    click.echo(text)
-                else:
-                    path = target.with_suffix(".md")
-                    path.write_text(text, encoding="utf-8")
-                    _say(f"issue {path}")
-            elif target is None:
-                click.echo(script.text, nl=False)
-    except scripts.ReproError as error:
-        raise Failure(str(error), USAGE) from error
-    except OSError as error:
-        raise Failure(f"{error.filename or 'file'}: {error.strerror}", USAGE) from error
+        _save(script, target)
+        if shrink and target is not None:
+            _save_scenario(case, fault, record, result.backend, specifications, target)
+        if issue:
+            text = _markdown(script, report, record, place, fault, command)
+            if target is None:
+                click.echo(text)
+            else:
+                path = target.with_suffix(".md")
+                path.write_text(text, encoding="utf-8")
+                _say(f"issue {path}")
+        elif target is None:
+            click.echo(script.text, nl=False)
+
+
+def _inputs(case: Case, folder: Path) -> Inputs:
+    from bnaudit.inputs import make
+
+    folder.mkdir()
+    return make(case, folder)
+
+
+def _fault(record: CaseRecord, result: ResultRecord, case: Case, inputs: Inputs) -> Fault:
+    """What a script can show of a result. Raises ReproError where that is nothing."""
+    from bnaudit.report import restored
+    from bnaudit.repro import ReproError, fault_of
+    from bnaudit.verdict import Judged
+    from bnaudit.worker.rounding import widen64
+
+    weight = inputs.weight
+    fault = fault_of(
+        result.status,
+        {name: restored(quantity, Judged) for name, quantity in result.quantities.items()},
+        record.thresholds,
+        None if weight is None else widen64(weight, case.parameter_dtype),
+    )
+    if fault is None:
+        raise ReproError(
+            f"finding {result.finding} has no deviation that a script could show "
+            f"({result.status}: {result.reason})"
+        )
+    return fault
 
 
 def _command(place: str, given: Mapping[str, str]) -> tuple[str, ...]:
@@ -170,12 +185,6 @@ def _command(place: str, given: Mapping[str, str]) -> tuple[str, ...]:
             USAGE,
         )
     return environments.resolve(place, given[place], watch(quiet=False)).command
-
-
-def _weight(case: Case, stored: Array | None) -> Array | None:
-    from bnaudit.worker.rounding import widen64
-
-    return None if stored is None else widen64(stored, case.parameter_dtype)
 
 
 def _shrunk(

@@ -37,6 +37,7 @@ from bnaudit.report import (
     Report,
     ResultRecord,
     Status,
+    plain_number,
 )
 
 SCRIPTS = ("d3.min.js", "plot.umd.min.js", "report.js")
@@ -172,17 +173,12 @@ def _quantity_row(name: int, quantity: Quantity) -> list[Any]:
     worst = quantity.worst
     if worst is None:
         return [name, *metrics, None, None, None]
-    return [name, *metrics, worst.index, *map(_number, (worst.value, worst.reference))]
+    return [name, *metrics, worst.index, *map(plain_number, (worst.value, worst.reference))]
 
 
 def _short(value: Any) -> Any:
     """A measured number with the digits that are read, and some to round them by; anything else as it is."""
-    return _number(float(f"{value:.6g}")) if isinstance(value, float) else value
-
-
-def _number(value: float) -> float | str:
-    """As the report has it: a number, or the name of one that JSON does not have."""
-    return value if value - value == 0 else repr(value)
+    return plain_number(float(f"{value:.6g}")) if isinstance(value, float) else value
 
 
 def _json(value: Any) -> str:

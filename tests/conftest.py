@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from frameworks import Environments, environments
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -13,3 +14,10 @@ def _no_job() -> Iterator[None]:
         for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY"):
             patch.delenv(name, raising=False)
         yield
+
+
+@pytest.fixture(scope="module")
+def subjects() -> Iterator[Environments]:
+    """Subjects of real frameworks, by environment."""
+    with environments() as made:
+        yield made

@@ -12,14 +12,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
+from correct import Array
 
 from bnaudit import config
 from bnaudit.building import Request
 from bnaudit.environments import read, resolve
-from bnaudit.subject import Subject, scratch_folder
+from bnaudit.subject import Reply, Subject, scratch_folder
+from bnaudit.worker.rounding import widen
 
 VARIABLE = "BNAUDIT_FRAMEWORKS"
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+HALF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+"""Half of a unit in the last place of 1."""
+
+SHAPES = {2: "9, 3", 3: "4, 3, 7", 4: "4, 3, 5, 6", 5: "2, 3, 2, 3, 4"}
+"""By rank."""
+
+GRADIENTS = {"grad_input", "grad_weight", "grad_bias"}
+RUNNING = {"running_mean", "running_var"}
+
+ASYMMETRIC = {
+    "input": "{distribution: normal, mean: 1.5}",
+    "affine": "{weight: {distribution: normal, mean: 1}, bias: {distribution: normal}}",
+    "running": "{mean: {distribution: normal}, var: {distribution: uniform, low: 0.5, high: 2}}",
+    "momentum": "0.25",
+    "eps": "7.62939453125e-06",  # 2 ** -17, which is an attribute in float32 as well
+}
+"""A scenario in which nothing can stand for something else."""
 
 
 @functools.cache
@@ -72,3 +94,30 @@ def environments() -> Iterator[Environments]:
         made = Environments(scratch)
         yield made
         made.close()
+
+
+def fields(**changes: str) -> str:
+    """A scenario's fields, those of ASYMMETRIC where nothing else is said."""
+    return "".join(f"{name}: {text}\n" for name, text in {**ASYMMETRIC, **changes}.items())
+
+
+def compare(
+    reply: Reply,
+    expected: dict[str, Array],
+    dtype: str,
+    *,
+    computed: str | None = None,
+    running: str | None = None,
+) -> None:
+    """Every output is within 64 half-ulps at 1, and as much of its size, of the right one.
+
+    computed: the dtype whose ulps these are, if another than that of y. running: the dtype whose ulps the
+    running statistics are held to, if they are larger.
+    """
+    for name, got in reply.outputs.items():
+        right, near = expected[name], 64 * HALF[computed or dtype]
+        if running is not None and name in RUNNING:
+            near = max(near, HALF[running])
+        if name in ("y", "grad_input"):
+            got, right = widen(got, dtype), widen(right, dtype)
+        np.testing.assert_allclose(got, right, atol=near, rtol=near, err_msg=name)

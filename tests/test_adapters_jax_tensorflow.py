@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 from correct import outputs as right_outputs
 from correct import prepare
-from frameworks import Environments, command, environments
+from frameworks import DTYPES, HALF, Environments, command
 
 from bnaudit.subject import Reply, Subject, scratch_folder
 from bnaudit.worker.backends import _flax, _jax, _keras, _tensorflow, _tensorflow_1
@@ -49,16 +48,7 @@ FUSED = ("tensorflow@cpu", "tensorflow-nchw@cpu", "tensorflow-1@cpu")
 FLOAT32_ANYWAY = ("keras-jax@cpu", "keras-torch@cpu")
 """Backends that compute in float32 what they say is float64."""
 
-DTYPES = ("float16", "bfloat16", "float32", "float64")
-HALF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 EVERY = pytest.mark.parametrize("backend", ENVIRONMENTS)
-
-
-@pytest.fixture(scope="module")
-def subjects() -> Iterator[Environments]:
-    """A subject for each environment."""
-    with environments() as made:
-        yield made
 
 
 def run(

@@ -9,15 +9,14 @@ import importlib
 import itertools
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from correct import Array, prepare
 from correct import outputs as right_outputs
-from frameworks import Environments, command, environments
+from correct import prepare
+from frameworks import DTYPES, GRADIENTS, RUNNING, SHAPES, Environments, command, compare, fields
 
 from bnaudit.subject import Reply, Subject, scratch_folder
 from bnaudit.worker.backends import (
@@ -28,12 +27,6 @@ from bnaudit.worker.backends import (
     _paddle,
     _tinygrad,
 )
-from bnaudit.worker.rounding import widen
-
-HALF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
-DTYPES = ("float16", "bfloat16", "float32", "float64")
-GRADIENTS = {"grad_input", "grad_weight", "grad_bias"}
-RUNNING = {"running_mean", "running_var"}
 
 
 class Framework(NamedTuple):
@@ -81,26 +74,6 @@ KINDS: dict[str, dict[str, str]] = {
     "steps": {"steps": "3"},
     "cumulative": {"steps": "3", "momentum": "null"},
 }
-ASYMMETRIC = {
-    "input": "{distribution: normal, mean: 1.5}",
-    "affine": "{weight: {distribution: normal, mean: 1}, bias: {distribution: normal}}",
-    "running": "{mean: {distribution: normal}, var: {distribution: uniform, low: 0.5, high: 2}}",
-    "momentum": "0.25",
-    "eps": "7.62939453125e-06",  # 2 ** -17, which is an attribute in float32 as well
-}
-SHAPES = {2: "9, 3", 3: "4, 3, 7", 4: "4, 3, 5, 6", 5: "2, 3, 2, 3, 4"}
-
-
-@pytest.fixture(scope="module")
-def subjects() -> Iterator[Environments]:
-    """Subjects by framework."""
-    with environments() as made:
-        yield made
-
-
-def fields(**changes: str) -> str:
-    """A scenario's fields, those of ASYMMETRIC where nothing else is said."""
-    return "".join(f"{name}: {text}\n" for name, text in {**ASYMMETRIC, **changes}.items())
 
 
 def run(subjects: Environments, framework: str, folder: Path, text: str) -> Reply:
@@ -111,22 +84,6 @@ def done(subjects: Environments, framework: str, folder: Path, text: str) -> Rep
     reply = run(subjects, framework, folder, text)
     assert (reply.outcome, reply.reason) == ("done", None), reply.detail
     return reply
-
-
-def compare(
-    reply: Reply, expected: dict[str, Array], dtype: str, running: str | None = None
-) -> None:
-    """Every output is within 64 half-ulps at 1, and as much of its size, of the right one.
-
-    running: the dtype whose ulps the running statistics are held to, if another.
-    """
-    for name, got in reply.outputs.items():
-        right, near = expected[name], 64 * HALF[dtype]
-        if running is not None and name in RUNNING:
-            near = max(near, HALF[running])
-        if name in ("y", "grad_input"):
-            got, right = widen(got, dtype), widen(right, dtype)
-        np.testing.assert_allclose(got, right, atol=near, rtol=near, err_msg=name)
 
 
 EVERY = [
@@ -157,7 +114,7 @@ def test_every_kind_of_case_gives_the_right_quantities_or_a_refusal(
     assert reply.declarations.running_var_correction == framework.correction
     assert name in (reply.kernel or "")
     expected = right_outputs(case, inputs, correction=framework.correction)
-    compare(reply, expected, dtype, framework.momentum if kind == "cumulative" else None)
+    compare(reply, expected, dtype, running=framework.momentum if kind == "cumulative" else None)
     names = {"y"} | RUNNING
     if case.mode == "training":
         names |= framework.statistics

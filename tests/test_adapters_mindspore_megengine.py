@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,17 +15,12 @@ import numpy as np
 import pytest
 from correct import outputs as right_outputs
 from correct import prepare
-from frameworks import Environments, environments
+from frameworks import DTYPES, GRADIENTS, RUNNING, SHAPES, Environments, compare, fields
 
 from bnaudit.subject import Reply, Subject
 from bnaudit.worker.backends import _megengine, _mindspore
-from bnaudit.worker.rounding import widen
 
 DEBIAN_TORCH = Path("/usr/lib/python3/dist-packages/torch")
-HALF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
-DTYPES = ("float16", "bfloat16", "float32", "float64")
-GRADIENTS = {"grad_input", "grad_weight", "grad_bias"}
-RUNNING = {"running_mean", "running_var"}
 
 
 class Adapter(NamedTuple):
@@ -68,21 +62,7 @@ KINDS: dict[str, dict[str, str]] = {
     "inference-backward": {"mode": "inference", "backward": "true"},
     "steps": {"steps": "3"},
 }
-ASYMMETRIC = {
-    "input": "{distribution: normal, mean: 1.5}",
-    "affine": "{weight: {distribution: normal, mean: 1}, bias: {distribution: normal}}",
-    "running": "{mean: {distribution: normal}, var: {distribution: uniform, low: 0.5, high: 2}}",
-    "momentum": "0.25",
-    "eps": "7.62939453125e-06",  # 2 ** -17, which is an attribute in float32 as well
-}
-SHAPES = {2: "9, 3", 3: "4, 3, 7", 4: "4, 3, 5, 6", 5: "2, 3, 2, 3, 4"}
 EVERY = pytest.mark.parametrize("backend", ADAPTERS)
-
-
-@pytest.fixture(scope="module")
-def subjects() -> Iterator[Environments]:
-    with environments() as made:
-        yield made
 
 
 def chosen(subjects: Environments, backend: str) -> Subject:
@@ -93,24 +73,10 @@ def chosen(subjects: Environments, backend: str) -> Subject:
     return subjects[name]
 
 
-def fields(**changes: str) -> str:
-    """A scenario's fields, those of ASYMMETRIC where nothing else is said."""
-    return "".join(f"{name}: {text}\n" for name, text in {**ASYMMETRIC, **changes}.items())
-
-
 def done(subjects: Environments, backend: str, folder: Path, text: str) -> Reply:
     reply = chosen(subjects, backend).run(backend, *prepare(folder, text))
     assert (reply.outcome, reply.reason) == ("done", None), reply.detail
     return reply
-
-
-def compare(reply: Reply, expected: dict[str, Any], dtype: str) -> None:
-    """Every output is within 64 half-ulps at 1, and as much of its size, of the right one."""
-    for name, got in reply.outputs.items():
-        right, near = expected[name], 64 * HALF[dtype]
-        if name in ("y", "grad_input"):
-            got, right = widen(got, dtype), widen(right, dtype)
-        np.testing.assert_allclose(got, right, atol=near, rtol=near, err_msg=name)
 
 
 CASES = [

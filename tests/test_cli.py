@@ -25,7 +25,8 @@ from bnaudit.audit import Selected
 from bnaudit.baseline import Baseline
 from bnaudit.cli import cli, main
 from bnaudit.cli.common import Failure
-from bnaudit.cli.run import CHECKS, _available
+from bnaudit.cli.conduct import _available
+from bnaudit.cli.run import CHECKS
 from bnaudit.consistency import Consistency
 from bnaudit.document import load_as
 from bnaudit.rejudge import Overrides

@@ -19,7 +19,8 @@ from bnaudit.cli.common import (
     save,
 )
 from bnaudit.cli.compare import judged_by, present, refuse_contradictions, saved_as
-from bnaudit.cli.run import Audit, Screen
+from bnaudit.cli.conduct import Audit
+from bnaudit.cli.screen import Screen
 
 if TYPE_CHECKING:
     from bnaudit.audit import Selected

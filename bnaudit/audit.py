@@ -116,12 +116,6 @@ class Checked(Protocol):
         """Its name."""
 
 
-def unmade(checks: Sequence[Checked], asked: Collection[str]) -> list[str]:
-    """The checks that were asked for and made in no case."""
-    made = {check.check for check in checks if check.ok is not None}
-    return [name for name in asked if name not in made]
-
-
 Event = CaseFacts | Result | ControlOutcome | Disagreement | Consistency
 
 Earlier: TypeAlias = Callable[[Case, Sequence[Selected]], Sequence[Event] | None]
@@ -343,6 +337,12 @@ def _fails_as_expected(result: Observed) -> bool:
     """Fails in y, or over several steps in the running statistics; a crash does not count."""
     names = ("y", "running_mean", "running_var") if result.steps > 1 else ("y",)
     return result.status == "fail" and any(result.quantities.get(name) == "fail" for name in names)
+
+
+def unmade(checks: Sequence[Checked], asked: Collection[str]) -> list[str]:
+    """The checks that were asked for and made in no case."""
+    made = {check.check for check in checks if check.ok is not None}
+    return [name for name in asked if name not in made]
 
 
 def conclude(

@@ -278,6 +278,18 @@ def test_a_timeout_is_a_positive_number(invoke: Invoke, mock: Mock, seconds: str
     assert outcome.err.count("\n") == 1
 
 
+def test_every_command_has_a_place_for_compiled_code(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "")
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
+    assert invoke("schema").code == 0
+    assert "NUMBA_CACHE_DIR" not in os.environ
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert invoke("schema").code == 0
+    assert "bnaudit-numba-" in os.environ["NUMBA_CACHE_DIR"]
+
+
 def test_an_expression_that_matches_nothing_is_said_to(invoke: Invoke, mock: Mock) -> None:
     outcome = invoke("run", "s.yaml", "-k", "nosuch")
     assert "no case and backend match -k 'nosuch'\n" in outcome.out

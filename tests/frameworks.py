@@ -18,7 +18,7 @@ from correct import Array
 
 from bnaudit import config
 from bnaudit.building import Request
-from bnaudit.environments import read, resolve
+from bnaudit.environments import EnvironmentSpecError, read, resolve
 from bnaudit.subject import Reply, Subject, scratch_folder
 from bnaudit.worker.rounding import widen
 
@@ -57,7 +57,10 @@ def command(name: str) -> tuple[str, ...]:
     spec = _specifications(file).get(name)
     if spec is None:
         pytest.skip(f"{file} has no environment {name}")
-    found = read(name, spec)
+    try:
+        found = read(name, spec)
+    except EnvironmentSpecError as error:  # no such Python here
+        pytest.skip(str(error))
     if isinstance(found, Request) and not found.is_built():
         pytest.skip(f"the environment {name} of {file} is not built (make frameworks)")
     if not isinstance(found, Request) and not Path(found.command[0]).exists():

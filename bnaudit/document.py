@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 MAX_NODES = 100_000
 MAX_DEPTH = 30
@@ -236,8 +237,17 @@ def load_as(model: type[Model], path: Path, error: type[Exception]) -> Model:
         elif details["type"] == "missing":
             complaint = f"missing: {details['loc'][-1]}"
         else:
-            complaint = f"found {describe(owner)}: {details['msg']}"
+            complaint = f"found {describe(owner)}; {_accepted(details)}"
         raise error(f"{path}:{place.line}:{place.column}: {field_}: {complaint}") from None
+
+
+def _accepted(details: ErrorDetails) -> str:
+    """What a field takes, of an error that pydantic found."""
+    if details["type"] in ("dict_type", "model_type", "dataclass_type"):
+        return "accepted is a mapping"
+    if details["type"] == "value_error":
+        return str(details["ctx"]["error"])
+    return details["msg"].replace("Input should be", "it should be")
 
 
 def _find(node: Node, location: tuple[int | str, ...]) -> tuple[Place, Node, list[str]]:

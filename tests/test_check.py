@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -201,6 +202,8 @@ def test_where_warnings_fail_they_are_findings(here: Path) -> None:
         ("threshold: {}", "t.yaml:1:1: threshold: there is no such field; accepted are thresholds"),
         ("thresholds: {z: {}}", "t.yaml:1:14: thresholds.z: there is no such field"),
         ("thresholds: {y: {bound_ratio: x}}", "t.yaml:1:18: thresholds.y.bound_ratio: found 'x'"),
+        ("thresholds: {y: {bound_ratio: -1}}", "found -1; it should be greater than or equal to 0"),
+        ("scenarios: {offset: 1}", "t.yaml:1:13: scenarios.offset: found 1; accepted is a mapping"),
         ("scenarios: {ofset: {}}", "found 'ofset'; the report has formats, offset"),
     ],
 )
@@ -208,6 +211,43 @@ def test_a_mistake_in_thresholds_is_one_sentence(here: Path, text: str, words: s
     (here / "t.yaml").write_text(text)
     with pytest.raises(Exception, match=re.escape(words)):
         invoke("check", "r.json", "--thresholds", "t.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["check", "--thresholds", "s.yaml", "--json", "s.yaml"],
+            "--json would overwrite --thresholds",
+        ),
+        (
+            ["check", "--baseline", "s.yaml", "--html", "s.yaml"],
+            "--html would overwrite --baseline",
+        ),
+        (["check", "--write-baseline", "-"], "--write-baseline takes a file, not -"),
+        (["compare", "worse.json", "--json", "worse.json"], "--json would overwrite NEW"),
+        (["compare", "worse.json", "--markdown", "."], "it is a folder"),
+        (["repro", "1", "-o", "r.json"], "-o would overwrite REPORT"),
+        (["repro", "1", "--shrink", "-o", "x.yaml"], "--shrink would overwrite -o"),
+        (["repro", "1", "-o", "s.yaml/x.py"], "cannot write s.yaml/x.py: s.yaml is no folder"),
+    ],
+)
+def test_no_file_is_written_over_one_that_is_read(
+    here: Path, arguments: list[str], words: str
+) -> None:
+    before = [(here / name).read_bytes() for name in ("r.json", "worse.json", "s.yaml")]
+    command, *rest = arguments
+    with pytest.raises(Exception, match=re.escape(words)):
+        invoke(command, "r.json", *rest)
+    assert before == [(here / name).read_bytes() for name in ("r.json", "worse.json", "s.yaml")]
+
+
+def test_a_report_may_be_judged_in_place_and_a_device_takes_several_formats(here: Path) -> None:
+    (here / "again.json").write_bytes((here / "r.json").read_bytes())
+    invoke(
+        "check", "again.json", "--json", "again.json", "--junit", os.devnull, "--html", os.devnull
+    )
+    assert load(here / "again.json").verdict == "fail"
 
 
 # --- baselines -------------------------------------------------------------------------------------
@@ -286,10 +326,15 @@ def test_any_result_can_be_shown(here: Path) -> None:
         (["--case", "x", "--backend", "y"], "there is no such case"),
         (
             ["--case", "formats/memory_format=contiguous", "--backend", "y"],
-            "it ran on bn.py:batch_norm",
+            "its results are of bn.py:batch_norm",
         ),
         (["--junit", "-", "--sarif", "-"], "only one of --junit and --sarif can be -"),
         (["--junit", "."], "it is a folder"),
+        (["--case", "format/memory_format=contiguous", "--backend", "y"], "did you mean formats/"),
+        (["1", "--junit", "j.xml"], "--junit saves the whole report: leave out N"),
+        (["--html", "r.json"], "--html would overwrite REPORT, which is r.json as well"),
+        (["--html", "./x", "--sarif", "x"], "--sarif would overwrite --html"),
+        (["--json", "r.json"], "No such option"),
     ],
 )
 def test_what_is_not_there_is_said_in_a_sentence(

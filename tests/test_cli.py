@@ -363,7 +363,9 @@ def test_an_interrupted_run_saves_what_it_has(invoke: Invoke, mock: Mock) -> Non
     mock.events = [*typical()[:9], KeyboardInterrupt()]
     outcome = invoke("run", "s.yaml", "--json", "r.json")
     assert outcome.code == 130
-    assert outcome.err == "bnaudit: interrupted after 7 results, which are in r.json\n"
+    assert outcome.err == (
+        "bnaudit: interrupted after 7 results, which are in r.json; --resume runs the rest\n"
+    )
     saved = load(Path("r.json"))
     assert (saved.verdict, saved.exit_code, len(saved.results)) == ("interrupted", 130, 7)
 
@@ -442,7 +444,17 @@ def test_a_fault_of_the_tool_is_one_line_and_its_traceback_is_asked_for(
         (["run", "s.yaml", "--threads", "0"], "'--threads': 0 is not in the range x>=1"),
         (["run", "s.yaml", "--timeout", "0"], "'--timeout': 0.0 is not in the range x>0"),
         (["run", "s.yaml", "--fail-on", "sometimes"], "'sometimes' is not one of"),
-        (["run", "s.yaml", "--json", "s.yaml/r.json"], "cannot write the report "),
+        (
+            ["run", "s.yaml", "--json", "s.yaml/r.json"],
+            "cannot write s.yaml/r.json: s.yaml is no folder",
+        ),
+        (["run", "s.yaml", "--json", "s.yaml"], "--json would overwrite PATH"),
+        (["run", "s.yaml", "--threads", "two"], "'two' is not an integer"),
+        (["run", "s.yaml", "--timeout", "long"], "'long' is not a number"),
+        (["selftest", "s.yaml", "--json", "."], "it is a folder"),
+        (["probe", "torch", "--json", "."], "it is a folder"),
+        (["upgrade", "current", "current", "s.yaml", "--markdown", "."], "it is a folder"),
+        (["upgrade", "current", "current", "--reports", "s.yaml"], "s.yaml is no folder"),
         (["run", "s.yaml", "--json", "."], "it is a folder"),
         (["run", "s.yaml", "-q", "-v"], "-q and -v exclude each other (see bnaudit run --help)"),
         (["run", "--jsno", "r.json"], "No such option '--jsno'"),
@@ -743,7 +755,8 @@ def test_a_signal_leaves_a_valid_report_no_processes_and_no_files(
     if number != signal.SIGKILL:
         assert run.returncode == 130
         assert (
-            err == f"bnaudit: interrupted after {len(saved.results)} results, which are in r.json\n"
+            err == f"bnaudit: interrupted after {len(saved.results)} results, which are in r.json; "
+            "--resume runs the rest\n"
         )
         for folder in (Path("/dev/shm"), Path("/tmp")):
             assert not list(folder.glob(f"bnaudit-{run.pid}-*"))

@@ -61,6 +61,8 @@ def _silence() -> None:
 
 def _one_line(error: click.ClickException) -> str:
     message = " ".join(error.format_message().split())
+    message = message.replace("is not a valid integer range", "is not an integer")
+    message = message.replace("is not a valid float range", "is not a number")
     if isinstance(error, click.UsageError) and error.ctx is not None:
         message = f"{message.rstrip('.')} (see {error.ctx.command_path} --help)"
     return message

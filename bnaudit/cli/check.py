@@ -51,7 +51,12 @@ def check(
         from bnaudit.report import load
 
         report = load(Path(report_file))
-        outputs = Outputs(target, write_baseline, formats)
+        outputs = Outputs(
+            target,
+            write_baseline,
+            formats,
+            [("REPORT", report_file), ("--thresholds", thresholds), ("--baseline", baseline)],
+        )
         overrides = _overrides(thresholds, report)
         judged = _judged(report, overrides, read_baseline(baseline), fail_on)
         screen = console(stderr=outputs.on_stdout)

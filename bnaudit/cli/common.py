@@ -11,7 +11,7 @@ import os
 import signal
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,6 +31,9 @@ CONFIG = click.option(
 
 PATHS = click.argument("paths", nargs=-1, metavar="[PATH]...")
 
+
+REPLACES = frozenset({("--json", "REPORT"), ("--write-baseline", "--baseline")})
+"""What may be written over what was read."""
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -159,6 +162,46 @@ def console(*, stderr: bool = False) -> Console:
 def show(renderable: RenderableType) -> None:
     """Prints on stdout."""
     console().print(renderable)
+
+
+Files = Iterable[tuple[str, str | Path | None]]
+"""Files, or - or none, each behind the name that it has on the command line."""
+
+
+def make_room(written: Files, read: Files = ()) -> None:
+    """Makes the folders of the files to be written, and sees before any work that they can be.
+
+    Raises click.UsageError where one of them is another one or is read, and ReportError where it cannot be
+    written.
+    """
+    from bnaudit.report import ReportError
+
+    taken = [(name, Path(file).resolve()) for name, file in read if file is not None]
+    for option, file in written:
+        if file is None or str(file) == "-":
+            continue
+        path = Path(file)
+        if path.is_dir():
+            raise ReportError(f"cannot write {path}: it is a folder")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ReportError(f"cannot write {path}: {path.parent} is no folder") from None
+        except OSError as error:
+            raise ReportError(
+                f"cannot write {path}: {error.strerror} ({error.filename})"
+            ) from error
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ReportError(f"cannot write {path}: permission denied")
+        if path.exists() and not path.is_file():
+            continue  # a device or pipe takes several
+        for name, other in taken:
+            if path.resolve() == other and (option, name) not in REPLACES:
+                raise click.UsageError(
+                    f"{option} would overwrite {name}, which is {file} as well",
+                    click.get_current_context(),
+                )
+        taken.append((option, path.resolve()))
 
 
 def save(destination: str | None, text: str) -> None:

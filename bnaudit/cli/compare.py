@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bnaudit.cli.common import Command, console, explained, interruptible, save
+from bnaudit.cli.common import Command, console, explained, interruptible, make_room, save
 
 if TYPE_CHECKING:
     from bnaudit.compare import Comparison, FailOn
@@ -77,6 +77,7 @@ def compare(
         from bnaudit import compare as comparing
         from bnaudit.report import load
 
+        make_room([("--json", target), ("--markdown", markdown)], [("OLD", old), ("NEW", new)])
         names = {}
         for pair in renamed:
             before, equals, after = pair.partition("=")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from bnaudit.cli.common import save
+from bnaudit.cli.common import Files, make_room, save
 
 if TYPE_CHECKING:
     from bnaudit.baseline import Baseline
@@ -77,9 +77,16 @@ class Outputs:
     """Where a report is to be written, checked before anything runs."""
 
     def __init__(
-        self, json: str | None, write_baseline: str | None, formats: Mapping[str, str | None]
+        self,
+        json: str | None,
+        write_baseline: str | None,
+        formats: Mapping[str, str | None],
+        read: Files,
     ) -> None:
-        """Takes the options' values, those of FORMATS by name. Raises click.UsageError."""
+        """Takes the options' values, those of FORMATS by name, and what the command reads.
+
+        Raises click.UsageError.
+        """
         self._formats = {name: file for name, file in formats.items() if file is not None}
         self._baseline = None if write_baseline is None else Path(write_baseline)
         self._entries: int | None = None
@@ -88,9 +95,12 @@ class Outputs:
             names = " and ".join(f"--{name}" for name in to_stdout)
             raise click.UsageError(f"only one of {names} can be -", click.get_current_context())
         self.on_stdout = bool(to_stdout)
-        for file in (*self._formats.values(), write_baseline):
-            if file not in (None, "-"):
-                _make_room(Path(file))
+        if write_baseline == "-":
+            raise click.UsageError(
+                "--write-baseline takes a file, not -", click.get_current_context()
+            )
+        options = {"json": json, **formats, "write-baseline": write_baseline}
+        make_room([(f"--{name}", file) for name, file in options.items()], read)
         self._earlier = (
             read_baseline(str(self._baseline))
             if self._baseline is not None and self._baseline.exists()
@@ -117,17 +127,6 @@ class Outputs:
             entries = "1 entry" if self._entries == 1 else f"{self._entries} entries"
             say(f"baseline {self._baseline}: {entries}")
         _tell_github(report, stderr=self.on_stdout)
-
-
-def _make_room(path: Path) -> None:
-    from bnaudit.report import ReportError
-
-    if path.is_dir():
-        raise ReportError(f"cannot write {path}: it is a folder")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ReportError(f"cannot write {path}: {error.strerror} ({error.filename})") from error
 
 
 def _rendered(name: str, report: Report) -> str:

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bnaudit.cli.common import INCOMPLETE, Failure, console, explained, interruptible, save
+from bnaudit.cli.common import (
+    INCOMPLETE,
+    Failure,
+    console,
+    explained,
+    interruptible,
+    make_room,
+    save,
+)
 
 if TYPE_CHECKING:
     from bnaudit.probe import MemoryFormat
@@ -72,6 +80,7 @@ def probe(
         from bnaudit.render.tree import finding_text
         from bnaudit.subject import Subject, scratch_folder
 
+        make_room([("--json", target)])
         name = _one_backend(backend)
         setting = probing.Setting(images, size // images, dtype, memory_format)
         with scratch_folder() as scratch, Subject(threads=threads, scratch=scratch) as subject:

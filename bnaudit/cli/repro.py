@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bnaudit.cli.common import CONFIG, INCOMPLETE, USAGE, Failure, explained, interruptible
+from bnaudit.cli.common import (
+    CONFIG,
+    INCOMPLETE,
+    USAGE,
+    Failure,
+    explained,
+    interruptible,
+    make_room,
+)
 
 if TYPE_CHECKING:
     from bnaudit.inputs import Inputs
@@ -66,6 +74,11 @@ def repro(
         from bnaudit.report import load
         from bnaudit.repro import ReproError
 
+        if target is not None:
+            written = [("-o", target)]
+            written += [("--shrink", target.with_suffix(".yaml"))] * shrink
+            written += [("--issue", target.with_suffix(".md"))] * issue
+            make_room(written, [("REPORT", report)])
         found = load(report)
         try:
             _write(found, number, shrink, issue, specifications, config, target)

@@ -146,7 +146,12 @@ def run(
             path=path,
             resume=resume,
         )
-        outputs = Outputs(target, write_baseline, formats)
+        outputs = Outputs(
+            target,
+            write_baseline,
+            formats,
+            [("--baseline", baseline), ("--config", config), *(("PATH", path) for path in paths)],
+        )
         screen = Screen(stderr=outputs.on_stdout, verbose=verbose, path=target)
         report, writer, end = audit.conduct(screen, quiet=quiet)
         if target == "-":
@@ -159,7 +164,7 @@ def run(
             elif isinstance(end, BrokenPipeError):
                 raise end
             else:
-                saved = f", which are in {path}" if path is not None else ""
+                saved = f", which are in {path}; --resume runs the rest" if path is not None else ""
                 click.echo(
                     f"bnaudit: interrupted after {len(report.results)} results{saved}", err=True
                 )

@@ -6,7 +6,7 @@ import os
 
 import click
 
-from bnaudit.cli.common import PATHS, console, explained, interruptible, save
+from bnaudit.cli.common import PATHS, console, explained, interruptible, make_room, save
 
 PROCESSES = min(4, os.cpu_count() or 1)
 """At once; each may hold several tensors of the largest case in float64."""
@@ -29,6 +29,7 @@ def selftest(paths: tuple[str, ...], target: str | None, quiet: bool) -> int:
         from bnaudit.scenario import load
         from bnaudit.subject import scratch_folder
 
+        make_room([("--json", target)], [("PATH", path) for path in paths])
         scenarios = load(paths)
         work = testing.plan(scenarios)
         outcomes = []

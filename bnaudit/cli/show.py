@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,13 +39,18 @@ def show(
         raise click.UsageError("--case and --backend go together", context)
     if finding is not None and case is not None:
         raise click.UsageError("N and --case exclude each other", context)
+    whole_only = [name for name, file in formats.items() if file is not None]
+    if whole_only and (finding is not None or case is not None):
+        raise click.UsageError(
+            f"--{whole_only[0]} saves the whole report: leave out N, --case and --backend", context
+        )
     with explained(verbose), interruptible():
         from bnaudit.render.console import whole
         from bnaudit.render.detail import detail
         from bnaudit.report import load
 
         report = load(Path(report_file))
-        outputs = Outputs(None, None, formats)
+        outputs = Outputs(None, None, formats, [("REPORT", report_file)])
         screen = console(stderr=outputs.on_stdout)
         outputs.write(report)
         if finding is None and (case is None or backend is None):
@@ -69,7 +75,14 @@ def _found(
             if (result.case, result.backend) == (case, backend):
                 return result, []
         backends = sorted({result.backend for result in report.results if result.case == case})
-        where = f"it ran on {', '.join(backends)}" if backends else "there is no such case"
+        if backends:
+            where = f"its results are of {', '.join(backends)}"
+        else:
+            near = difflib.get_close_matches(
+                case or "", [record.id for record in report.cases], n=1
+            )
+            meant = f" (did you mean {near[0]}?)" if near else " (bnaudit list cases prints ids)"
+            where = f"there is no such case{meant}"
         raise ReportError(f"the report has no result of {case!r} on {backend!r}: {where}")
     found = clusters(report)
     for one in found:

@@ -16,6 +16,7 @@ from bnaudit.cli.common import (
     explained,
     interruptible,
     limits,
+    make_room,
     save,
 )
 from bnaudit.cli.compare import judged_by, present, refuse_contradictions, saved_as
@@ -83,6 +84,8 @@ def upgrade(
         from bnaudit.scenario import load
         from bnaudit.sides import side
 
+        kept = [("--reports", Path(reports or "") / f"{name}.json") for name in SIDES if reports]
+        make_room([("--json", target), ("--markdown", markdown), *kept])
         known = settings.load(config).environments
         specifications = {
             name: known.get(spec, spec) for name, spec in zip(SIDES, (old, new), strict=True)

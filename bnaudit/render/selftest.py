@@ -54,9 +54,10 @@ def selftest(found: Matrix, width: int) -> Iterator[RenderableType]:
     flagged = len({variant for variant, _, _ in found.flags})
     clean = len(found.variants) - flagged
     killed = len(found.faults) - len(found.survivors)
+    cases = "1 case" if len(found.outcomes) == 1 else f"{len(found.outcomes)} cases"
     verdict.append(
         f": {killed} of {len(found.faults)} faults found, "
-        f"{clean} of {len(found.variants)} correct variants clean, {len(found.outcomes)} cases"
+        f"{clean} of {len(found.variants)} correct variants clean, {cases}"
     )
     yield Hanging("", verdict)
 

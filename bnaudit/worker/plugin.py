@@ -118,7 +118,8 @@ def load(backend: str, folder: str) -> Implementation:
         own = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
         near = ", ".join(difflib.get_close_matches(name, own, 3, 0))
         text = "%s has no function named %s" % (target, name)
-        raise Unavailable(text + ("; it has %s" % near if near else ""))
+        more = ", …" if len(own) > 3 else ""
+        raise Unavailable(text + ("; it has %s%s" % (near, more) if near else ""))
     implementation = _implementation(found, "%s in %s" % (name, target), device)
     poison_malloc()
     return implementation

@@ -207,7 +207,7 @@ def test_another_machine_is_a_caveat(
     [
         ("", "1:1: accepted is one document, a mapping"),
         ("[]", "1:1: accepted is one document, a mapping"),
-        ("version: 2", "1:1: version: found 2: "),
+        ("version: 2", "1:1: version: found 2; "),
         ("version: 1\nentrys: []", "2:1: entrys: there is no such field"),
         ("version: 1\nentrys: []", "did you mean entries?"),
         ("version: 1\nentries: [{id: a}]", "missing: backend"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -135,6 +136,15 @@ def test_the_readme_names_every_command_and_every_backend() -> None:
 
 
 @pytest.mark.parametrize("name", ["readme_triton.py", "readme_cuda.py"])
-def test_the_readme_shows_the_examples_that_are_tested(name: str) -> None:
+def test_the_kernels_that_are_shown_are_those_that_are_tested(name: str) -> None:
     _, code = (Path(__file__).parent / "plugins" / name).read_text().split("\n", 1)
-    assert code in README.read_text()
+    assert code in (README.parent / "docs" / "plugins.md").read_text()
+
+
+def test_every_link_within_the_readme_has_its_heading() -> None:
+    text = README.read_text()
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    links = set(re.findall(r"\]\(#([^)]*)\)", text))
+    assert links
+    assert links <= anchors

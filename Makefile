@@ -12,7 +12,7 @@ LARGE := jax:flax-nnx jax:haiku jax:keras-jax openvino:real opencv:real ncnn:rea
 	torch:torch torch:torch-mkldnn torch:torch-compile torch:keras-torch mindspore:real nnabla:real mxnet:real \
 	megengine:real tensorflow-1:real torch-1:real
 
-.PHONY: audit test selftest fuzz lint benchmark frameworks frameworks-small clean
+.PHONY: audit test selftest fuzz lint benchmark frameworks frameworks-small help clean
 
 audit: .venv/torch  ## audit this machine's BatchNorms with all shipped scenarios
 	$(BIN)/bnaudit run scenarios/ --json reports/latest.json --fail-on never
@@ -42,6 +42,9 @@ benchmark: .venv/test  ## measure the reference against torch, NumPy and a memor
 
 fuzz: .venv/fuzz  ## fuzz what reads files and messages for SECONDS=300, guided by coverage
 	cd tests && ../$(BIN)/python -m fuzz $(SECONDS)
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 20
 
 clean:  ## remove the environment and everything generated
 	rm -rf .venv build dist reports/latest.json .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -378,6 +378,7 @@ def test_reasons_for_what_is_unavailable_are_given_once() -> None:
         ("fail", "fail", 1, "FAIL (exit 1)"),
         ("fail", "fail", 0, "FAIL (exit 0: --fail-on never)"),
         ("crash", "incomplete", 3, "INCOMPLETE (exit 3): torch@cpu died in 1 case"),
+        ("timeout", "incomplete", 3, "INCOMPLETE (exit 3): torch@cpu took too long in 1 case"),
         (
             "unavailable",
             "incomplete",

@@ -170,7 +170,9 @@ class Audit:
         try:
             return resume.earlier(load(self.path), self.scenarios, records, self.checks)
         except resume.ResumeError as error:
-            raise ReportError(f"cannot resume {self.path}: {error}") from error
+            raise ReportError(
+                f"cannot resume {self.path}: {error}; without --resume it is begun anew"
+            ) from error
 
     def _start(
         self,

@@ -24,7 +24,7 @@ from bnaudit.render.consistency import consistency
 from bnaudit.render.evidence import Neighbours, bound, evidence, off_by
 from bnaudit.render.words import Hanging, brief, count, label, listed, number
 from bnaudit.report import CaseRecord, Environment, Report, ResultRecord
-from bnaudit.verdict import DIED, FAILED, RAN
+from bnaudit.verdict import FAILED, RAN
 
 if TYPE_CHECKING:
     from bnaudit.doctor import Entry
@@ -589,10 +589,11 @@ def _absences(results: Sequence[ResultRecord]) -> str:
 
 def _incomplete(report: Report) -> str:
     gated = [r for r in report.results if r.gated and r.accepted is None]
-    died = Counter(r.backend for r in gated if r.status in DIED)
-    died.update(record.backend for record in report.consistency if record.died)
+    words = {"crash": "died", "timeout": "took too long"}
+    died = Counter((r.backend, words[r.status]) for r in gated if r.status in words)
+    died.update((record.backend, "died") for record in report.consistency if record.died)
     if died:
-        return ", ".join(f"{name} died in {count(n, 'case')}" for name, n in died.items())
+        return ", ".join(f"{name} {what} in {count(n, 'case')}" for (name, what), n in died.items())
     if report.missing:
         return f"asked for and unavailable: {', '.join(report.missing)}"
     return f"asked for and checked in no case: {', '.join(report.unmade)}"

@@ -98,6 +98,13 @@ def test_what_did_not_run_is_never_shown_as_fine() -> None:
     assert len(tables(page)[0]) == 2
 
 
+def test_gradients_that_nobody_returns_do_not_fail_because_y_does() -> None:
+    (case,) = scenarios("name: backward\ninput: {distribution: normal}\nshape: [4, 3]\n")[0].cases
+    y = {"y": wrong(1.0)}
+    cells = row("torch@cpu", facts(case), result(case, status="fail", quantities=y))
+    assert cells["backward"] == "not returned"
+
+
 def test_values_that_are_not_finite_outweigh_every_number() -> None:
     first, second = CONSTANT.cases[:2]
     nan = judged(

@@ -480,3 +480,15 @@ def test_another_dtype_in_a_second_call_is_a_difference_of_dtypes() -> None:
     first = {"batch_mean": np.zeros(2, np.float32)}
     second = {"batch_mean": np.zeros(2, np.float64)}
     assert difference(first, second, "float32") == "batch_mean was float32, then float64"
+
+
+def test_versions_are_also_found_without_importlib_metadata() -> None:
+    """As Python 3.7 has to."""
+    from importlib import metadata
+
+    for package in ("numpy", "ml_dtypes", "torch", "no-such-package"):
+        try:
+            expected: str | None = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            expected = None
+        assert environment._version(package) == expected

@@ -160,7 +160,7 @@ def _cell(results: Sequence[ResultRecord], column: Column) -> Cell:
 
 def _without_numbers(results: Sequence[ResultRecord]) -> Cell:
     """A cell of cases that did not run, or broke the contract; or of quantities that are not handed out."""
-    broken = [r for r in results if r.status == "fail"]
+    broken = [r for r in results if r.status == "fail" and not r.quantities]
     if broken:
         return Cell("**fail**", broken[0].reason, None)
     refused = [r for r in results if r.status == "unsupported"]

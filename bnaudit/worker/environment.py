@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -115,11 +116,24 @@ def _openblas_kernels() -> str | None:
     return None
 
 
+def _version(package: str) -> str | None:
+    """The version of an installed distribution, from the name of its folder of metadata."""
+    pattern = re.compile(
+        re.escape(package).replace("\\-", "[-_]") + r"-([^-]+)\.(dist|egg)-info$", re.IGNORECASE
+    )
+    for folder in sys.path:
+        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+            found = pattern.match(name)
+            if found is not None:
+                return found.group(1)
+    return None
+
+
 def _packages() -> dict[str, str | None]:
     try:
         from importlib import metadata
-    except ImportError:  # Python 3.7 knows the versions of what is imported
-        return {name: getattr(sys.modules.get(name), "__version__", None) for name in PACKAGES}
+    except ImportError:  # Python 3.7
+        return {name: _version(name) for name in PACKAGES}
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:

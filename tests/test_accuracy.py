@@ -12,6 +12,7 @@ from standins import facts, judged, report, result, scenarios, typical, wrong
 from bnaudit.audit import Event
 from bnaudit.measure import Worst
 from bnaudit.render.accuracy import COLUMNS, accuracy
+from bnaudit.report import load as load_report
 from bnaudit.scenario import load
 
 CONSTANT, OFFSET = scenarios()
@@ -161,3 +162,10 @@ def test_the_published_audit_has_every_column() -> None:
     (names,) = re.findall(r"^SCENARIOS := ((?:.*\\\n)*.*)$", makefile, re.M)
     wanted = {name for column in COLUMNS for name in column.scenarios}
     assert set(names.replace("\\", "").split()) == wanted
+
+
+def test_the_published_table_is_what_the_published_report_gives() -> None:
+    reports = Path(__file__).parent.parent / "reports"
+    found = load_report(reports / "frameworks.json.gz")
+    assert accuracy(found) == (reports / "frameworks.md").read_text()
+    assert all(control.ok for control in found.controls)

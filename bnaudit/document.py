@@ -6,6 +6,7 @@ not what they seem there. Nothing is constructed, so a file can run no code.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import re
 from collections.abc import Iterator
@@ -61,10 +62,11 @@ def complain(file: str, place: Place, message: str) -> ScenarioError:
 
 def parse(content: bytes, file: str) -> Iterator[Node]:
     """The documents of a YAML file. Raises ScenarioError, with `file` as the file's name."""
+    content = content.removeprefix(codecs.BOM_UTF8)
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode()
     except UnicodeDecodeError as error:
-        before = content[: error.start].decode("utf-8-sig")
+        before = content[: error.start].decode()
         raise complain(
             file,
             _place_after(before),

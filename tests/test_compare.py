@@ -727,7 +727,7 @@ def test_json_and_markdown_go_to_stdout_on_request(invoke: Invoke, tmp_path: Pat
         (["a.json", "a.json", "--factor", "nan"], "finite"),
         (["a.json", "a.json", "--factor", "0.5"], "0.5"),
         (["a.json", "a.json", "--json", "-", "--markdown", "-"], "only one of"),
-        (["a.json", "a.json", "--json", "no/such/folder"], "cannot write no/such/folder"),
+        (["a.json", "a.json", "--json", "a.json/file"], "cannot write a.json/file"),
         (["a.json"], "NEW"),
     ],
 )

@@ -528,8 +528,8 @@ def _errors(quantity: Quantity) -> tuple[float, ...]:
 
 
 def _numbers(quantity: Quantity) -> str:
-    """All that was measured of it, in which a NaN equals itself."""
-    return quantity.model_dump_json(exclude={"status", "label", "reason"})
+    """All that decides about it, in which a NaN equals itself."""
+    return quantity.model_dump_json(exclude={"status", "label", "reason", "histogram"})
 
 
 def _repeatable(result: ResultRecord) -> bool:

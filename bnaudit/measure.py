@@ -40,6 +40,9 @@ from bnaudit.certified import (
 from bnaudit.scenario import Case
 from bnaudit.worker.rounding import round_to, widen
 
+OCTAVES, LOWEST, BINS = 2, -20, 22
+"""A histogram of T: bins of two octaves from 2^-20 to 2^20, one for what is smaller, one for what is larger."""
+
 BLOCK = 512
 """Elements compared at a time: eight float64 buffers of this size stay in the first-level cache."""
 
@@ -68,7 +71,8 @@ class Measurement:
     nothing is constant.
     poor: elements with T > 30 and fewer than 8 good bits. unjudged: channels in which nothing is defined;
     judged: whether there is any other. rounded: of means, whether the error is small enough for rounding to be
-    its cause. None: does not apply, or nothing to judge.
+    its cause. histogram: of y and grad_input, how many elements have which T, in BINS. None: does not
+    apply, or nothing to judge.
     """
 
     max_abs_error: float | None = None
@@ -85,6 +89,7 @@ class Measurement:
     judged: bool = True
     unjudged: int = 0
     rounded: bool | None = None
+    histogram: tuple[int, ...] | None = None
 
     @property
     def sound(self) -> bool:
@@ -93,7 +98,10 @@ class Measurement:
 
 
 class Tally(NamedTuple):
-    """Running maxima per channel (C,), updated in place by the kernels. position: element n·S + s."""
+    """Running maxima per channel (C,), updated in place by the kernels.
+
+    position: element n·S + s. histogram: (C, BINS), counts of T.
+    """
 
     ratio: Doubles
     tight: Doubles
@@ -102,13 +110,15 @@ class Tally(NamedTuple):
     position: npt.NDArray[np.int64]
     nonfinite: npt.NDArray[np.int64]
     poor: npt.NDArray[np.int64]
+    histogram: npt.NDArray[np.int64]
 
 
 def _tally(channels: int) -> Tally:
     ratio, tight, error, ulps = np.zeros((4, channels))
     position, nonfinite, poor = np.zeros((3, channels), np.int64)
     position -= 1
-    return Tally(ratio, tight, error, ulps, position, nonfinite, poor)
+    histogram = np.zeros((channels, BINS), np.int64)
+    return Tally(ratio, tight, error, ulps, position, nonfinite, poor, histogram)
 
 
 class Output(NamedTuple):
@@ -173,6 +183,9 @@ def _compare(
         top_ulps = max(
             top_ulps, bits_of(counted / ulp(right, output.precision, output.min_exponent))
         )
+    for i in range(m):
+        exponent = ((bits_of(ratio[i]) & MAGNITUDE) >> 52) - 1023  # that of NaN is the largest
+        tally.histogram[c, min(max((exponent - LOWEST) // OCTAVES + 1, 0), BINS - 1)] += 1
     tally.nonfinite[c] += mismatches
     tally.tight[c] = max(tally.tight[c], from_bits(top_tight))
     tally.error[c] = max(tally.error[c], from_bits(top_error))
@@ -201,6 +214,9 @@ def _count_finite(c: int, start: int, m: int, got: Any, tally: Tally) -> None:
                 tally.position[c] = start + i
                 tally.ratio[c] = tally.tight[c] = math.inf
             tally.nonfinite[c] += 1
+            tally.histogram[c, BINS - 1] += 1
+        else:
+            tally.histogram[c, 0] += 1
 
 
 @njit(cache=True, nogil=True)
@@ -446,6 +462,7 @@ def _summary(tally: Tally, state: npt.NDArray[np.int64]) -> tuple[int | None, di
         "nonfinite": int(tally.nonfinite.sum()),
         "poor": int(tally.poor.sum()),
         "unjudged": int((state == UNJUDGED).sum()),
+        "histogram": tuple(map(int, tally.histogram.sum(axis=0))),
     }
 
 

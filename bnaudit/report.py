@@ -191,6 +191,7 @@ class Quantity(Record):
     judged: bool | None = None
     unjudged: int | None = None
     rounded: bool | None = None
+    histogram: list[int] | None = None
 
 
 class ResultRecord(Record):

@@ -77,6 +77,7 @@ class Judged:
     judged: bool | None = None
     unjudged: int | None = None
     rounded: bool | None = None
+    histogram: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

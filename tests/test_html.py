@@ -468,6 +468,23 @@ def test_the_details_have_every_number_bit_for_bit(opened: Callable[..., Opened]
     assert [float(text) for text in decimal[: len(EXACT)]] == list(EXACT)
 
 
+def test_the_details_show_how_many_elements_are_off_by_how_much(
+    opened: Callable[..., Opened],
+) -> None:
+    case = scenarios()[0].cases[0]
+    counts = tuple({3: 100, 7: 6_000_000, 14: 1, 21: 2}.get(i, 0) for i in range(22))
+    quantities = {"y": judged("fail", histogram=counts), "batch_mean": judged()}
+    made = report(facts(case), result(case, status="fail", quantities=quantities))
+    visited = opened(html(made))
+    visited.page.locator("#table tbody button").click()
+    figures = visited.page.locator("#detail figure svg")
+    assert figures.count() == 1
+    assert figures.first.get_attribute("aria-label") == "6000103 elements of y by ×bound"
+    bars = figures.first.locator("g[aria-label=rect] rect")
+    assert bars.count() == 4
+    assert sum("fail" in (bars.nth(i).get_attribute("fill") or "") for i in range(4)) == 2
+
+
 def test_numbers_are_written_as_on_the_terminal(opened: Callable[..., Opened]) -> None:
     case = scenarios()[0].cases[0]
     random = Random(0)

@@ -11,7 +11,7 @@ from correct import Array, outputs, prepare
 
 from bnaudit import certified, measure
 from bnaudit.bounds import FORMATS
-from bnaudit.measure import Measurement
+from bnaudit.measure import BINS, Measurement
 from bnaudit.reference import Declarations, Reference
 from bnaudit.verdict import Verdict, judge
 from bnaudit.worker.rounding import round_to, widen
@@ -582,3 +582,45 @@ def test_a_ratio_that_is_not_a_number_is_never_forgotten() -> None:
         )
     assert tally.ratio[0] == math.inf
     assert tally.position[0] == 0
+
+
+def bin_of(ratio: float) -> int:
+    """The place of a T in a histogram, by its definition: bins of two octaves from 2^-20 to 2^20."""
+    if not ratio < 2.0**20:
+        return BINS - 1
+    edges = [2.0 ** (2 * k - 20) for k in range(BINS - 1)]
+    return sum(ratio >= edge for edge in edges)
+
+
+@pytest.mark.parametrize("name", ["y", "grad_input"])
+def test_the_histogram_counts_every_element_by_its_ratio(tmp_path: Path, name: str) -> None:
+    text = FIELDS.format(mean=1, dtype="float32")
+    given = right(tmp_path, text)[name]
+    none = judged(tmp_path, text)[1][name].histogram
+    assert none is not None
+    assert len(none) == BINS
+    assert sum(none) == given.size
+    assert sum(none[bin_of(1.0) :]) == 0
+    for factor in (1e-3, 1.0, 30.0, 1e30, math.nan):
+        wrong = given.copy()
+        wrong[1, 2] += np.float32(factor)
+        found = judged(tmp_path, text, **{name: wrong})[1][name]
+        assert found.histogram is not None
+        assert found.bound_ratio is not None
+        assert sum(found.histogram) == given.size
+        assert max(np.flatnonzero(found.histogram)) == bin_of(found.bound_ratio)
+        assert sum(found.histogram[bin_of(1.0) :]) == wrong[1, 2].size
+
+
+def test_what_must_not_be_finite_and_is_counts_as_infinitely_wrong(tmp_path: Path) -> None:
+    text = (
+        "input: {distribution: nonfinite, base: {distribution: normal}, values: [nan], count: 1}\n"
+        "shape: [4, 2, 5]\n"
+    )
+    given = right(tmp_path, text)["y"]
+    touched = int(np.flatnonzero(np.isnan(given).any(axis=(0, 2)))[0])
+    wrong = given.copy()
+    wrong[0, touched, 0] = 1.0
+    histogram = judged(tmp_path, text, y=wrong)[1]["y"].histogram
+    assert histogram is not None
+    assert (sum(histogram), histogram[-1]) == (given.size, 1)

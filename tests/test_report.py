@@ -86,7 +86,7 @@ def test_a_report_has_the_documented_fields(writer: Writer, tmp_path: Path) -> N
     )
     assert list(document["results"][0]["quantities"]["y"]) == named(
         "status label max_abs_error max_sigma_error max_ulp_error bound_ratio tight_ratio floor "
-        "nonfinite worst reason constant_misses constant_error poor judged unjudged rounded"
+        "nonfinite worst reason constant_misses constant_error poor judged unjudged rounded histogram"
     )
     assert list(document["controls"][0]) == named("scenario backend expected observed ok")
     assert document["summary"] == {

@@ -86,7 +86,7 @@ RESULT_FIELDS = (
 
 QUANTITY_FIELDS = (
     *("status", "max_abs_error", "max_sigma_error", "max_ulp_error", "bound_ratio", "tight_ratio"),
-    *("floor", "nonfinite", "reason"),
+    *("floor", "nonfinite", "reason", "histogram"),
 )
 
 

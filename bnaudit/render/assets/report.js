@@ -524,6 +524,30 @@
     return el("div", { class: "scroll" }, el("table", { class: "list" }, el("tbody", {}, rows)));
   }
 
+  /** How many elements of y and grad_input have which ×bound: boxes, and what draws into them once they are shown. */
+  function elementCounts(it) {
+    const known = it.quantities.map(expand).filter((q) => q.histogram?.some((n) => n > 0));
+    const boxes = known.map(() => el("figure", {}));
+    const draw = () => known.forEach((q, k) => {
+      const total = q.histogram.reduce((a, b) => a + b);
+      const bins = q.histogram.map((n, i) => ({ i, n })).filter(({ n }) => n > 0);
+      const edge = (i) => i <= 0 ? "0" : i >= q.histogram.length ? "∞" : number(4 ** (i - 11), 2);
+      figure(boxes[k], {
+        ariaLabel: `${count(total, "element")} of ${q.name} by ×bound`, height: 160,
+        x: { domain: [0, q.histogram.length], ticks: [1, 6, 11, 16, 21], tickFormat: edge,
+          label: `×bound of an element of ${q.name}`, labelAnchor: "center", labelArrow: "none" },
+        y: { type: "symlog", grid: true, ticks: [1, 100, 1e4, 1e6, 1e8].filter((n) => n < 10 * total), tickFormat: (n) => number(n, 2), label: "elements", labelArrow: "none" },
+        marks: [
+          Plot.rectY(bins, { x1: "i", x2: ({ i }) => i + 1, y: "n", fill: ({ i }) => i < 11 ? "var(--pass)" : "var(--fail)", inset: 0.5,
+            tip: true, title: ({ i, n }) => `${count(n, "element")} from ${edge(i)} to ${edge(i + 1)} times the bound` }),
+          Plot.ruleX([11], { stroke: "var(--accent)", strokeWidth: 1.5 }),
+          Plot.ruleY([0], { stroke: "var(--line)" }),
+        ],
+      });
+    });
+    return { boxes, draw };
+  }
+
   /** A number with all its digits. */
   function exact(value) {
     if (!Number.isFinite(value) || value === 0) return number(value);
@@ -543,6 +567,7 @@
     const c = it.case;
     const others = results.filter((other) => other.case === c && other !== it && RAN.includes(other.status));
     const close = el("button", { type: "button", "aria-label": "Close", click: () => $("detail").close() }, "Close");
+    const counts = elementCounts(it);
     const reasons = it.quantities.map(expand).filter((q) => q.reason && !it.reason?.includes(q.reason));
     $("detail").replaceChildren(el("div", {},
       el("div", { class: "head" },
@@ -557,6 +582,7 @@
         ["took", it.seconds === null ? null : `${number(real(it.seconds))} s`]], "short"),
       it.quantities.length ? [el("h3", {}, "Quantities"), quantities(it),
         el("h3", {}, "Worst elements"), worstElements(it)] : "",
+      counts.boxes.length ? [el("h3", {}, "All elements"), el("div", { class: "figures" }, counts.boxes)] : "",
       it.detail ? [el("h3", {}, "Last words"), el("pre", {}, it.detail)] : "",
       others.length ? [el("h3", {}, "The same case elsewhere"), el("ul", {}, others.map((other) =>
         el("li", {}, el("button", { type: "button", class: "link", click: () => show(other) }, other.name), " ",
@@ -571,6 +597,7 @@
         ["seed", c.seed], ["scenario file", `${c.file}:${c.line}`], ["key", c.key], ["SHA-256 of the input", c.input_sha256]], "parameters"),
     ));
     if (!$("detail").open) $("detail").showModal();
+    counts.draw();
     $("detail").scrollTop = 0;
     close.focus();
   }

@@ -201,7 +201,7 @@ def test_the_rows_of_a_scenario_are_printed_when_it_is_complete_and_saved(
             events("timeout"),
             ["--fail-on", "never"],
             3,
-            "INCOMPLETE (exit 3): torch@cpu died in 1 case",
+            "INCOMPLETE (exit 3): torch@cpu took too long in 1 case",
         ),
         (events("unavailable"), [], 5, "NOTHING-GATED (exit 5): nothing ran"),
         (

@@ -285,7 +285,7 @@ def test_a_killed_auditor_takes_its_workers_along_and_the_next_one_tidies_up(
         assert int(pid) in [process.pid for process in processes]
         auditor.kill()
     assert wait_until(lambda: all(is_gone(process.pid) for process in processes))
-    assert Path(folder).is_dir()
+    # What it left may be gone by now: another auditor of this machine may have tidied up.
     with scratch_folder():
         assert not Path(folder).exists()
 

@@ -63,8 +63,14 @@ class Writer:
         self,
         path: Path | None,
         command: Sequence[str],
+        *,
+        kept: int = 0,
     ) -> None:
-        """Writes a report without results. path: None for a report that is only kept in memory."""
+        """Writes a report without results. path: None for a report that is only kept in memory.
+
+        kept: results of the report in that file, which is continued: until it is finished, this one does not
+        take its place before it has as many.
+        """
         self.environments: list[Environment] = []
         self.cases: dict[str, CaseRecord] = {}
         self.results: list[ResultRecord] = []
@@ -77,6 +83,7 @@ class Writer:
         self.places: dict[str, SourcePlace] = {}
         self.notes: list[str] = []
         self._path = None if path is None else Path(os.path.realpath(path))
+        self._kept = kept
         self._command = shlex.join(command)
         # Every record is serialized once: a save only writes these.
         self._json = {name: bytearray() for name in SECTIONS}
@@ -213,7 +220,7 @@ class Writer:
 
     def _write(self) -> None:
         path = self._path
-        if path is None:
+        if path is None or (self._verdict == "interrupted" and len(self.results) < self._kept):
             return
         start = time.monotonic()
         try:

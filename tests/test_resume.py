@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from bnaudit.audit import Selected
 from bnaudit.cli import main
 from bnaudit.report import load
+from bnaudit.resume import Earlier
+from bnaudit.scenario import Case
 
 SCENARIOS = """
 name: first
@@ -183,3 +186,26 @@ def test_it_takes_a_file(capsys: pytest.CaptureFixture[str]) -> None:
         main(["run", "--resume"])
     assert end.value.code == 2
     assert "--resume takes --json FILE" in capsys.readouterr().err
+
+
+def test_interrupted_once_more_before_it_got_anywhere_nothing_is_lost(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "r.json"
+    run()
+    interrupt(target, 5)
+    before = target.read_text()
+    take_over = Earlier.__call__
+
+    def stop(earlier: Earlier, case: Case, backends: Sequence[Selected]) -> Any:
+        if case.scenario == "second":
+            raise KeyboardInterrupt
+        return take_over(earlier, case, backends)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Earlier, "__call__", stop)
+        assert run("--resume").exit_code == 130
+    assert target.read_text() == before
+    calls(tmp_path)
+    assert run("--resume").exit_code == 0
+    assert calls(tmp_path) == 2

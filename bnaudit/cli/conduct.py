@@ -79,8 +79,8 @@ class Audit:
             reasons = subject.describe([backend.name for backend in selected])
             selected = self._present(selected, reasons)
             found = subject.environments()
-            earlier = self._earlier(found)
-            writer = Writer(self.path, ["bnaudit", *sys.argv[1:]])
+            earlier, kept = self._earlier(found)
+            writer = Writer(self.path, ["bnaudit", *sys.argv[1:]], kept=kept)
             current, *others = map(writer.add_environment, found)
             for backend in selected:
                 place = sources.place_of(environments.split(backend.name, names)[1])
@@ -159,20 +159,22 @@ class Audit:
         )
         return writer.finish(verdict, code, kept)
 
-    def _earlier(self, environments: Sequence[Mapping[str, Any]]) -> Earlier:
-        """What an interrupted report of the same name holds already, where it is to be continued."""
+    def _earlier(self, environments: Sequence[Mapping[str, Any]]) -> tuple[Earlier, int]:
+        """What an interrupted report of the same name holds, where it is to be continued; how many results."""
         from bnaudit import resume
         from bnaudit.report import Environment, ReportError, load
 
         if not self.resume or self.path is None or not self.path.exists():
-            return lambda case, backends: None
+            return (lambda case, backends: None), 0
+        before = load(self.path)
         records = [Environment.model_validate(found) for found in environments]
         try:
-            return resume.earlier(load(self.path), self.scenarios, records, self.checks)
+            known = resume.earlier(before, self.scenarios, records, self.checks)
         except resume.ResumeError as error:
             raise ReportError(
                 f"cannot resume {self.path}: {error}; without --resume it is begun anew"
             ) from error
+        return known, len(before.results)
 
     def _start(
         self,
